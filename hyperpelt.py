@@ -1,0 +1,271 @@
+"""HyperPELT: hypernetworks that turn hyper-embeddings into prefixes and adapters for every block of a frozen T5.
+
+    python hyperpelt.py --model t5-base --tasks 8      # what is trained, with shapes and counts; needs no weights
+
+Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are not known to us; these are our own:
+    (1)  I^tau_{i,j} = W2 ReLU(W1 [z_tau ; l_i ; b_j] + c1) + c2        hyper-embedding of task tau, layer i, block type j
+    (2)  P_k = I W_k + c_k,   P_v = I W_v + c_v                         prefix hypernetwork h_P
+    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]                        prefix-tuning of an attention
+    (4)  (W_down, b_down, W_up, b_up) = h_A(mean over positions of I)   adapter hypernetwork h_A
+    (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up                     adapter, u = norm(x)
+    (6)  y = x + FFN(u) + lambda A(u)                                   parallel to the feed-forward block
+A site is a place that receives generated weights: (block type, layer), five block types. The weights of all sites are
+made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
+[P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
+
+Shapes: B batch, S source (or target) length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
+E hyper-embedding width d_I, Z input embedding width d_t.
+"""
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import UserError, run
+from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, RMSNorm, T5Config
+
+BLOCK_TYPES = [ENCODER_SELF, ENCODER_FFN, DECODER_SELF, DECODER_CROSS, DECODER_FFN]  # b_j's index [D: five]
+METHODS = {  # (prefix, adapter, the whole backbone trained)
+    "hyperpelt": (True, True, False),
+    "hyperprefix": (True, False, False),       # the paper's HyperPrefix
+    "hyperadapter": (False, True, False),
+    "norms": (False, False, False),            # the frozen T5 with its layer norms trained: what the others add to
+    "full": (False, False, True),              # full fine-tuning
+}
+
+
+@dataclass
+class HyperPELTConfig:
+    method: str = "hyperpelt"       # a key of METHODS
+    prefix_length: int = 49         # N [R]: the 7 x 7 cells of an image's features fit it position by position
+    embedding_dim: int = 768        # Z, d_t [R]: this and the next three give the paper's 1.01x, 1.02x and 0.24 % per task
+    hyper_dim: int = 64             # E, d_I [R]
+    projector_dim: int = 128        # h, hidden width of the projector of eq. (1) [R]
+    bottleneck: int = 24            # R [R]
+    per_position: bool = True       # True: an embedding for each of the N positions [R]; False: one vector [X: HyperFormer]
+    hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
+    prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
+    adapter_scale: float = 1.0      # lambda of eq. (6) at the start [X: MAM]; trained [R]
+    embedding_std: float = 1.0      # of the task, layer and block embeddings at the start [C]
+    key_std: float = 0.02
+    value_std: float = 0.02
+
+
+# ----------------------------------------------------------------------------------- hyper-embeddings (section 1.2)
+
+class HyperEmbedding(nn.Module):
+    """Task, layer and block-type embeddings and the projector that makes hyper-embeddings of them (paper: section 4)."""
+
+    def __init__(self, config, tasks, layers):
+        super().__init__()
+        positions = config.prefix_length if config.per_position else 1
+        self.task = nn.Parameter(torch.empty(tasks, positions, config.embedding_dim))               # z_tau  [M, N, Z]
+        self.layer = nn.Parameter(torch.empty(layers, positions, config.embedding_dim))             # l_i    [L, N, Z]
+        self.block = nn.Parameter(torch.empty(len(BLOCK_TYPES), positions, config.embedding_dim))   # b_j    [5, N, Z]
+        self.projector_in = nn.Linear(3 * config.embedding_dim, config.projector_dim)               # W1, c1
+        self.projector_out = nn.Linear(config.projector_dim, config.hyper_dim)                      # W2, c2
+        self.norm = nn.LayerNorm(config.hyper_dim) if config.hyper_norm else nn.Identity()
+
+    def forward(self, task, layers, blocks):
+        """task: its number; layers, blocks: ids [sites] -> I [sites, N, E], the same projector at every position."""
+        # W1 [z; l; b] is the sum of three products: each embedding meets its own columns of W1 once, not once per site.
+        w_task, w_layer, w_block = self.projector_in.weight.chunk(3, dim=1)                         # [h, Z] each
+        z = F.linear(self.task[task], w_task, self.projector_in.bias)                               # [N, h]
+        l = F.linear(self.layer, w_layer)[layers]                                                   # [sites, N, h]
+        b = F.linear(self.block, w_block)[blocks]                                                   # [sites, N, h]
+        return self.norm(self.projector_out(F.relu(z + l + b)))                                     # eq. (1)
+
+
+# -------------------------------------------------------------------------- hypernetworks (sections 1.3 and 1.4)
+
+class PrefixHypernetwork(nn.Module):
+    """h_P: hyper-embeddings -> keys and values for every attention; one linear map each, shared by all sites."""
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.length = config.prefix_length
+        per_row = 1 if config.per_position else config.prefix_length        # a vector I has to give all N rows at once
+        self.key = nn.Linear(config.hyper_dim, per_row * width)             # W_k, c_k
+        self.value = nn.Linear(config.hyper_dim, per_row * width)           # W_v, c_v
+
+    def forward(self, hyper):                                               # I [sites, N, E]
+        keys = self.key(hyper)                                              # eq. (2): P_k
+        values = self.value(hyper)                                          # eq. (2): P_v
+        return (p.reshape(len(hyper), self.length, -1) for p in (keys, values))     # [sites, N, H*K]
+
+
+class AdapterHypernetwork(nn.Module):
+    """h_A: one hyper-embedding per feed-forward site -> its adapter; one linear head for each of the four tensors."""
+
+    def __init__(self, config, d_model):
+        super().__init__()
+        self.d_model, self.bottleneck = d_model, config.bottleneck
+        self.down = nn.Linear(config.hyper_dim, config.bottleneck * d_model)
+        self.down_bias = nn.Linear(config.hyper_dim, config.bottleneck)
+        self.up = nn.Linear(config.hyper_dim, d_model * config.bottleneck)
+        self.up_bias = nn.Linear(config.hyper_dim, d_model)
+        self.scale = nn.Parameter(torch.tensor(config.adapter_scale))       # lambda
+
+    def forward(self, hyper):                                               # I [sites, N, E]
+        mean = hyper.mean(1)                                                # [sites, E]; the mean over positions is [C]
+        down = self.down(mean).view(-1, self.bottleneck, self.d_model)      # eq. (4): W_down  [sites, R, D]
+        up = self.up(mean).view(-1, self.d_model, self.bottleneck)          # eq. (4): W_up    [sites, D, R]
+        # lambda A(u) = (lambda W_up) ReLU(...) + lambda b_up: scaling the small tensors spares one pass over [B, S, D].
+        return down, self.down_bias(mean), self.scale * up, self.scale * self.up_bias(mean)
+
+
+# --------------------------------------------------------------------------- injection: what the seams of t5.py call
+
+class Prefix:
+    def __init__(self, keys, values):                                       # P_k, P_v [N, H*K]
+        self.keys, self.values, self.length = keys, values, len(keys)
+
+    def __call__(self, k, v):                                               # x W_K, x W_V [B, S, H*K]
+        p_k, p_v = (p.expand(len(k), -1, -1) for p in (self.keys, self.values))
+        return torch.cat([p_k, k], 1), torch.cat([p_v, v], 1)               # eq. (3): [B, N+S, H*K]
+
+
+class Adapter:
+    def __init__(self, down, down_bias, up, up_bias):                       # [R, D], [R], [D, R], [D]
+        self.down, self.down_bias, self.up, self.up_bias = down, down_bias, up, up_bias
+
+    def __call__(self, u):                                                  # [B, S, D]; t5.py adds it to FFN(u): eq. (6)
+        return F.linear(F.relu(F.linear(u, self.down, self.down_bias)), self.up, self.up_bias)      # eq. (5)
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+class HyperPELT(nn.Module):
+    """A T5, frozen but for its layer norms, with the hypernetworks that serve it (paper: figure 1).
+
+    t5: a float32 T5, which is frozen in place; tasks: list of names; dtype: of the frozen weights and the activations.
+    What is trained stays float32: layer norms, hypernetworks, task, layer and block embeddings, and nothing else [P].
+    """
+
+    def __init__(self, t5, tasks, config, dtype=torch.float32):
+        super().__init__()
+        if config.method not in METHODS:
+            raise UserError(f"method {config.method!r} is unknown; the known ones are {', '.join(METHODS)}")
+        self.t5, self.tasks, self.config = t5, list(tasks), config
+        self.has_prefix, self.has_adapter, train_backbone = METHODS[config.method]
+        self.freeze(train_backbone, dtype)
+        encoder, decoder, c = len(t5.encoder.blocks), len(t5.decoder.blocks), t5.config
+        # The sites, in one order. A layer's id is its place in encoder, then decoder [C: the two counted apart].
+        every = [(kind, i) for kind in BLOCK_TYPES for i in range(encoder if kind.startswith("encoder") else decoder)]
+        self.prefix_sites = [site for site in every if self.has_prefix and site[0] in config.prefix_blocks]
+        self.adapter_sites = [site for site in every if self.has_adapter and site[0].endswith("FFN")]
+        sites = self.prefix_sites + self.adapter_sites
+        layer_ids = [i if kind.startswith("encoder") else encoder + i for kind, i in sites]
+        self.register_buffer("layer_ids", torch.tensor(layer_ids, dtype=torch.long, device="cpu"), persistent=False)
+        self.register_buffer("block_ids", torch.tensor([BLOCK_TYPES.index(kind) for kind, _ in sites], dtype=torch.long,
+                                                       device="cpu"), persistent=False)
+        if sites:
+            self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder + decoder)
+        if self.has_prefix:
+            self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads * c.d_kv)
+        if self.has_adapter:
+            self.adapter_hypernetwork = AdapterHypernetwork(config, c.d_model)
+        self.initialise()
+
+    def freeze(self, train_backbone, dtype):
+        norms = {id(module.weight) for module in self.t5.modules() if isinstance(module, RMSNorm)}
+        for parameter in self.t5.parameters():
+            parameter.requires_grad = train_backbone or id(parameter) in norms
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        self.t5.dtype = dtype
+
+    @torch.no_grad()
+    def initialise(self):
+        c = self.config
+        for name, parameter in self.named_parameters():
+            if name.startswith("t5."):
+                continue
+            part = name.split(".", 1)[1]
+            if part in ("task", "layer", "block"):
+                parameter.normal_(std=c.embedding_std)
+            elif part.endswith("bias"):
+                parameter.zero_()
+            elif part.startswith(("up.", "up_bias.")):
+                parameter.zero_()
+            elif part == "key.weight":
+                parameter.normal_(std=c.key_std)
+            elif part == "value.weight":
+                parameter.normal_(std=c.value_std)
+            elif part.startswith("projector"):
+                parameter.normal_(std=parameter.size(1) ** -0.5)
+            elif part.startswith("down"):
+                parameter.normal_(std=0.02)
+
+    def trained(self):
+        """name -> parameter, of all that is trained."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def sites(self, task):
+        """Generate the weights of all sites for one task: once per training step, once per evaluation.
+
+        task: a name -> {(block type, layer): Prefix or Adapter}, in the dtype of the backbone, for T5's `sites`.
+        """
+        made = {}
+        if not self.prefix_sites + self.adapter_sites:
+            return made
+        hyper = self.hyper_embedding(self.tasks.index(task), self.layer_ids, self.block_ids)        # [sites, N, E]
+        for_prefixes, for_adapters = hyper.split([len(self.prefix_sites), len(self.adapter_sites)])
+        for listed, injection, network, inputs in ((self.prefix_sites, Prefix, "prefix_hypernetwork", for_prefixes),
+                                                   (self.adapter_sites, Adapter, "adapter_hypernetwork", for_adapters)):
+            if listed:
+                tensors = [t.to(self.t5.dtype).unbind() for t in getattr(self, network)(inputs)]
+                made.update({site: injection(*parts) for site, parts in zip(listed, zip(*tensors))})
+        return made
+
+    def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0):
+        """A batch of one task -> logits [B, T, V], loss."""
+        return self.t5(input_ids, attention_mask, labels, self.sites(task), label_smoothing)
+
+
+# -------------------------------------------------------------------------- what is trained (section 1.6, appendix B)
+
+def deployed(model):
+    """Numbers that are left for all tasks when the generated weights are baked in: prefixes, adapters, layer norms."""
+    c, t = model.config, model.t5.config
+    prefix = 2 * c.prefix_length * t.num_heads * t.d_kv
+    adapter = 2 * c.bottleneck * t.d_model + c.bottleneck + t.d_model
+    norms = sum(p.numel() for name, p in model.trained().items() if name.startswith("t5."))
+    return norms + len(model.tasks) * (len(model.prefix_sites) * prefix + len(model.adapter_sites) * adapter)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Print what HyperPELT trains on a T5: shapes and counts. Needs no weights.")
+    parser.add_argument("--model", default="t5-base", help="a public name, or a folder with config.json (default: t5-base)")
+    parser.add_argument("--tasks", type=int, default=8, help="number of tasks (default: 8, the paper's)")
+    args = parser.parse_args()
+    if args.tasks < 1:
+        raise UserError(f"--tasks: found {args.tasks}, expected at least 1")
+    folder = Path(args.model)
+    t5_config = T5Config.from_file(folder / "config.json") if folder.is_dir() else T5Config.from_name(args.model)
+    with torch.device("meta"):                                              # shapes without numbers
+        models = {method: HyperPELT(T5(t5_config), [f"task {i}" for i in range(args.tasks)], HyperPELTConfig(method))
+                  for method in ("hyperprefix", "hyperadapter", "hyperpelt")}
+    trained = models["hyperpelt"].trained()
+    norms = {name: p for name, p in trained.items() if name.startswith("t5.")}
+    rows = [("layer norms of the T5", f"{len(norms)} x {t5_config.d_model}", sum(p.numel() for p in norms.values()))]
+    rows += [(name, " x ".join(map(str, p.shape)) or "1", p.numel()) for name, p in trained.items() if name not in norms]
+    for name, shape, count in rows:
+        print(f"{name:40}{shape:>18}{count:>14,}")
+    backbone = sum(p.numel() for p in T5.parameters(models["hyperpelt"].t5))
+    print(f"\n{args.model}: {backbone:,} parameters; {args.tasks} task{'s' * (args.tasks > 1)}\n\n"
+          f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   paper, T5-base, 8 tasks")
+    known = {"hyperprefix": "1.01x [printed]", "hyperadapter": "-", "hyperpelt": "1.02x, 0.24 % per task [reconstructed]"}
+    for method, model in models.items():
+        count = sum(p.numel() for p in model.trained().values())
+        print(f"{method:14}{count:>12,}{1 + count / backbone:>9.4f}x{100 * count / args.tasks / backbone:>9.3f} %"
+              f"{deployed(model):>14,}   {known[method]}")
+    print("\ntrained: what training changes and a checkpoint holds.  total: backbone + trained, of the backbone.\n"
+          "per task: trained / tasks, of the backbone.  deployed: prefixes, adapters and norms once they are generated.")
+
+
+if __name__ == "__main__":
+    run(main)

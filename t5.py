@@ -1,0 +1,506 @@
+"""T5 encoder-decoder (v1.0, v1.1 and Flan) in plain PyTorch: config, tokenizer, model, generation, loading.
+
+    model, tokenizer = T5.from_pretrained("google/flan-t5-small"), Tokenizer.from_pretrained("google/flan-t5-small")
+    ids = torch.tensor([tokenizer.encode("translate English to German: The house is wonderful.")])
+    print(tokenizer.decode(model.generate(ids)[0].tolist()))
+
+The file is a T5 and nothing more, with two seams through which a method may inject weights. Both are looked up in
+`sites`, a dict from (block type, layer) to a callable; with no `sites` neither does anything:
+    1. Attention.keys_values: prefix(k, v) returns the keys and values with `prefix.length` more columns in front;
+    2. Block.forward: adapter(u) is a term beside FFN(u), both fed by the same normed input u.
+
+Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated feed-forward of v1.1); tensor names as in public checkpoints.
+Shapes: B batch, S source length, T target length, N prefix length, D d_model, H heads, K d_kv, F d_ff, V vocabulary.
+"""
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+from data import UserError, download, read_json
+
+# The five block types of an encoder-decoder: the first half of a site's name.
+ENCODER_SELF, ENCODER_FFN = "encoder self-attention", "encoder FFN"
+DECODER_SELF, DECODER_CROSS, DECODER_FFN = "decoder self-attention", "decoder cross-attention", "decoder FFN"
+MASKED = -1e9  # added to a score: finite, so that a row of padding gives a number and not NaN; fits bfloat16
+
+# name -> (d_model, d_kv, d_ff, layers in each stack, heads)
+V1_0 = {"t5-small": (512, 64, 2048, 6, 8), "t5-base": (768, 64, 3072, 12, 12), "t5-large": (1024, 64, 4096, 24, 16),
+        "t5-3b": (1024, 128, 16384, 24, 32), "t5-11b": (1024, 128, 65536, 24, 128)}
+V1_1 = {"small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12), "large": (1024, 64, 2816, 24, 16),
+        "xl": (2048, 64, 5120, 24, 32), "xxl": (4096, 64, 10240, 24, 64)}
+NAMES = [*V1_0, *(f"google/{family}-{size}" for family in ("flan-t5", "t5-v1_1") for size in V1_1)]
+
+
+@dataclass
+class T5Config:
+    d_model: int
+    d_kv: int                   # width of one head; num_heads * d_kv need not be d_model (T5-3B, T5-11B)
+    d_ff: int
+    num_layers: int             # of the encoder
+    num_heads: int
+    num_decoder_layers: int
+    vocab_size: int = 32128
+    feed_forward_proj: str = "relu"         # "relu": v1.0; "gated-gelu": v1.1 and Flan
+    tie_word_embeddings: bool = True        # True: head = embedding, its input times d_model^-0.5 (v1.0)
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dropout_rate: float = 0.1
+    pad_token_id: int = 0                   # also the decoder's start token
+    eos_token_id: int = 1
+
+    @classmethod
+    def from_file(cls, path):
+        """Read a checkpoint's config.json; keys that the model has no use for are ignored. Raises UserError."""
+        found = read_json(path)
+        if not isinstance(found, dict) or found.get("model_type", "t5") != "t5":
+            raise UserError(f"{path}: found {found.get('model_type') if isinstance(found, dict) else type(found).__name__},"
+                            " expected the config of a model_type t5")
+        found = {"num_decoder_layers": found.get("num_layers"), **found}
+        values = {}
+        for field in fields(cls):
+            value = found.get(field.name, field.default)
+            kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[getattr(field.type, "__name__", field.type)]
+            if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool) or (
+                    field.type is int and not 0 < value < 10**7 and not field.name.endswith("_id")):
+                raise UserError(f"{path}: {field.name}: found {found.get(field.name, 'nothing')!r}, expected a {field.type.__name__}")
+            values[field.name] = value
+        config = cls(**values)
+        if config.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise UserError(f"{path}: feed_forward_proj: found {config.feed_forward_proj!r}, expected 'relu' or 'gated-gelu'")
+        return config
+
+    @classmethod
+    def from_name(cls, name):
+        """The config of a public size (no file needed): t5-base, google/flan-t5-base, ... Raises UserError."""
+        short = name.removeprefix("google-t5/")
+        if short in V1_0:
+            (d_model, d_kv, d_ff, layers, heads), more = V1_0[short], {}
+        elif name in NAMES:
+            d_model, d_kv, d_ff, layers, heads = V1_1[name.rsplit("-", 1)[1]]
+            more = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        else:
+            raise UserError(f"model {name!r} is neither a folder nor a known size; the known ones are {', '.join(NAMES)}")
+        return cls(d_model, d_kv, d_ff, layers, heads, layers, **more)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """Text <-> ids by a SentencePiece file, plus the 100 sentinels, which are not in the file.
+
+    T5's ids: pad 0, eos 1, unk 2, pieces up to 31,999, then <extra_id_99> = 32000 ... <extra_id_0> = 32099.
+    """
+
+    def __init__(self, path):
+        """Raises UserError where `path` is missing or no SentencePiece model with T5's special ids."""
+        import sentencepiece
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file, expected the tokenizer's SentencePiece model")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise UserError(f"{path}: not a SentencePiece model (damaged?)") from None
+        special = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
+        if special != (0, 1, 2):
+            raise UserError(f"{path}: found pad, eos, unk = {special}, expected (0, 1, 2)")
+        self.first_sentinel = len(self.pieces) + 99              # the id of <extra_id_0>; they count downwards
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        return cls(find_checkpoint(name_or_folder) / "spiece.model")
+
+    def encode(self, text, max_length=None):
+        """str -> list of ids that always ends with eos, also when cut to max_length ids."""
+        ids = []
+        for i, part in enumerate(re.split(r"\s*<extra_id_(\d\d?)>", text)):  # odd parts are the sentinels' numbers
+            ids += [self.first_sentinel - int(part)] if i % 2 else self.pieces.encode(part)
+        return ids[:max_length and max_length - 1] + [1]
+
+    def decode(self, ids):
+        """Ids (with or without pad and eos) -> str."""
+        text, run = [], []
+        for i in [*ids, 0]:
+            if i < len(self.pieces) and i not in (0, 1):
+                run.append(int(i))
+                continue
+            text += [self.pieces.decode(run)] if run else []
+            text += [f"<extra_id_{self.first_sentinel - i}>"] if len(self.pieces) <= i <= self.first_sentinel else []
+            run = []
+        return " ".join(text)
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+class Linear(nn.Linear):
+    """No bias, as everywhere in T5. The weight follows the dtype of the activations: a frozen weight is held in it
+    already (nothing happens), a trained one stays float32 and is cast here."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.epsilon = config.layer_norm_epsilon
+
+    def forward(self, x):                                                    # [B, S, D]; no mean, no bias
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
+        return x * torch.rsqrt(square + self.epsilon).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Dropout(nn.Module):
+    """nn.Dropout, whose random numbers take a quarter of a training step on a CPU: there, one draw of 64 random bits
+    decides on four elements (16 bits each: the rate is exact to 1/65,536), which is eight times faster."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.rate)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        keep = bits[:x.numel()].view(x.shape) >= round(self.rate * 2**16) - 2**15
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.rate))
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.q, self.k, self.v = (Linear(config.d_model, inner) for _ in range(3))
+        self.o = Linear(inner, config.d_model)
+        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
+
+    def split(self, x):                                                      # [B, S, H*K] -> [B, H, S, K]
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, memory, prefix=None):                              # [B, S, D]
+        k, v = self.k(memory), self.v(memory)                                # [B, S, H*K]
+        if prefix is not None:                                               # seam 1: more keys and values in front
+            k, v = prefix(k, v)                                              # [B, N+S, H*K]
+        return self.split(k), self.split(v)                                  # [B, H, N+S, K]
+
+    def forward(self, u, k, v, mask):                                        # [B, T, D], mask [B or 1, H or 1, T or 1, N+S]
+        q = self.split(self.q(u))                                            # [B, H, T, K]
+        if self.training and u.device.type == "cpu":     # what the next line does; its kernels for a CPU have no dropout
+            y = self.dropout(torch.softmax(q @ k.transpose(2, 3) + mask, -1)) @ v
+        else:                                            # T5 does not divide scores by sqrt(K): hence scale=1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0,
+                                               dropout_p=self.dropout.rate if self.training else 0.0)
+        return self.o(y.transpose(1, 2).flatten(2))                          # [B, T, D]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        if self.gated:
+            self.wi_0 = Linear(config.d_model, config.d_ff)
+            self.wi_1 = Linear(config.d_model, config.d_ff)
+        else:
+            self.wi = Linear(config.d_model, config.d_ff)
+        self.wo = Linear(config.d_ff, config.d_model)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def forward(self, u):                                                    # [B, S, D]
+        y = F.gelu(self.wi_0(u), approximate="tanh") * self.wi_1(u) if self.gated else F.relu(self.wi(u))
+        return self.wo(self.dropout(y))                                      # [B, S, F] -> [B, S, D]
+
+
+class Block(nn.Module):
+    """One layer of either stack: x + SelfAttention(norm(x)), in the decoder + CrossAttention(norm(x)), + FFN(norm(x))."""
+
+    def __init__(self, config, is_decoder):
+        super().__init__()
+        self.self_norm, self.self_attention = RMSNorm(config), Attention(config)
+        if is_decoder:
+            self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config)
+        self.ffn_norm, self.ffn = RMSNorm(config), FeedForward(config)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def forward(self, x, mask, prefix, adapter, memory=None, memory_mask=None, memory_prefix=None, cache=None):
+        """x [B, T, D], memory (decoder only) [B, S, D] -> [B, T, D]. cache: this block's keys and values of earlier steps."""
+        cache = {} if cache is None else cache
+        u = self.self_norm(x)
+        earlier = cache.get("self")
+        k, v = self.self_attention.keys_values(u, prefix if earlier is None else None)  # the prefix is in the cache already
+        if earlier is not None:
+            k, v = torch.cat([earlier[0], k], 2), torch.cat([earlier[1], v], 2)         # [B, H, N+t, K]
+        cache["self"] = k, v
+        x = x + self.dropout(self.self_attention(u, k, v, mask))
+        if memory is not None:
+            if "cross" not in cache:                                         # the same at every decoding step
+                cache["cross"] = self.cross_attention.keys_values(memory, memory_prefix)
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), *cache["cross"], memory_mask))
+        u = self.ffn_norm(x)
+        y = self.ffn(u)
+        if adapter is not None:                                              # seam 2: a term beside the FFN
+            y = y + adapter(u)
+        return x + self.dropout(y)
+
+
+def relative_bucket(distance, bidirectional, buckets, max_distance):
+    """Key position minus query position -> bucket id, both [T, S]. Half of the buckets are exact, the rest logarithmic."""
+    bucket = torch.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        bucket += (distance > 0) * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    return bucket + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
+
+
+class Stack(nn.Module):
+    """Encoder or decoder: blocks, the relative position bias that all its self-attentions share, the last norm."""
+
+    def __init__(self, config, is_decoder):
+        super().__init__()
+        self.config, self.is_decoder = config, is_decoder
+        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        count = config.num_decoder_layers if is_decoder else config.num_layers
+        self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(count))
+        self.norm = RMSNorm(config)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def self_mask(self, length, past, padding, prefix, dtype):
+        """Additive mask of all self-attentions: position bias, padding, causality; 0 over the N prefix columns."""
+        keys = torch.arange(past + length, device=self.norm.weight.device)
+        distance = keys - keys[past:, None]                                  # [T, past+T]
+        bucket = relative_bucket(distance, not self.is_decoder, self.config.relative_attention_num_buckets,
+                                 self.config.relative_attention_max_distance)
+        mask = F.embedding(bucket, self.relative_bias.weight).permute(2, 0, 1)[None]    # [1, H, T, past+T]
+        if self.is_decoder:
+            mask = mask + MASKED * (distance > 0)
+        mask = F.pad(mask, (prefix.length if prefix else 0, 0)).to(dtype)    # [1, H, T, N+past+T]
+        return mask if padding is None else mask + padding_mask(padding, prefix, dtype)
+
+    def forward(self, x, padding=None, memory=None, memory_padding=None, sites=None, caches=None):
+        """x [B, T, D], padding and memory_padding [B, S] (1 real, 0 padding), memory [B, S, D] -> [B, T, D].
+
+        caches: one dict for each block, empty at the first decoding step; filled and extended in place.
+        """
+        sites = sites or {}
+        self_type, ffn_type = (DECODER_SELF, DECODER_FFN) if self.is_decoder else (ENCODER_SELF, ENCODER_FFN)
+        past = 0
+        if caches is not None and "self" in caches[0]:
+            past = caches[0]["self"][0].size(2) - (sites[self_type, 0].length if (self_type, 0) in sites else 0)
+        mask = self.self_mask(x.size(1), past, padding, sites.get((self_type, 0)), x.dtype)
+        memory_mask = None if memory is None else padding_mask(memory_padding, sites.get((DECODER_CROSS, 0)), x.dtype)
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, sites.get((self_type, i)), sites.get((ffn_type, i)), memory, memory_mask,
+                      sites.get((DECODER_CROSS, i)), None if caches is None else caches[i])
+        return self.dropout(self.norm(x))
+
+
+def padding_mask(real, prefix, dtype):
+    """[B, S] of 1 (real) and 0 (padding) -> additive [B, 1, 1, N+S]; the N columns of a prefix are never masked."""
+    return F.pad((1 - real.to(dtype)) * MASKED, (prefix.length if prefix else 0, 0))[:, None, None]
+
+
+class T5(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder, self.decoder = Stack(config, is_decoder=False), Stack(config, is_decoder=True)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.dtype = torch.float32              # of the activations; HyperPELT sets bfloat16 when it freezes the model
+
+    def encode(self, input_ids, attention_mask=None, sites=None):
+        """input_ids [B, S], attention_mask [B, S] (1 real, 0 padding; default: not pad) -> memory [B, S, D]."""
+        attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
+        return self.encoder(self.shared(input_ids).to(self.dtype), attention_mask, sites=sites)
+
+    def decode(self, decoder_input_ids, memory, attention_mask, sites=None, caches=None):
+        """decoder_input_ids [B, T], memory [B, S, D] -> logits [B, T, V]. With caches: only the new tokens are given."""
+        x = self.decoder(self.shared(decoder_input_ids).to(self.dtype), None, memory, attention_mask, sites, caches)
+        if self.config.tie_word_embeddings:
+            return F.linear(x * self.config.d_model**-0.5, self.shared.weight.to(x.dtype))
+        return self.lm_head(x)
+
+    def forward(self, input_ids, attention_mask=None, labels=None, sites=None, label_smoothing=0.0):
+        """input_ids, attention_mask [B, S], labels [B, T] (-100: no loss) -> logits [B, T, V], mean loss per token."""
+        attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
+        shifted = F.pad(labels, (1, -1), value=self.config.pad_token_id)     # the decoder starts from pad
+        shifted = shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+        logits = self.decode(shifted, self.encode(input_ids, attention_mask, sites), attention_mask, sites)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100,
+                               label_smoothing=label_smoothing)
+        return logits, loss
+
+    # ------------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=20, num_beams=1, sites=None):
+        """Greedy (num_beams 1) or beam search -> ids [B, <= max_new_tokens], padded after eos, without the start token."""
+        attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
+        memory = self.encode(input_ids, attention_mask, sites)
+        caches = [{} for _ in self.decoder.blocks]
+        start = torch.full_like(input_ids[:, :1], self.config.pad_token_id)
+        logits = self.decode(start, memory, attention_mask, sites, caches)[:, -1].float()      # [B, V]
+        if num_beams > 1:
+            return self.beam_search(logits, memory, attention_mask, max_new_tokens, num_beams, sites, caches)
+        output, done = [], torch.zeros_like(start, dtype=torch.bool)
+        while True:
+            token = logits.argmax(-1, keepdim=True).masked_fill(done, self.config.pad_token_id)  # [B, 1]
+            output.append(token)
+            done |= token == self.config.eos_token_id
+            if done.all() or len(output) == max_new_tokens:
+                return torch.cat(output, 1)
+            logits = self.decode(token, memory, attention_mask, sites, caches)[:, -1]
+
+    def beam_search(self, logits, memory, attention_mask, max_new_tokens, beams, sites, caches):
+        """Beams ranked by log-probability over length, as transformers does by default (length_penalty 1, no early stop).
+
+        A row is settled once its `beams` finished outputs are at least as good as its best running beam is now.
+        """
+        batch, vocabulary = logits.shape
+        rows = torch.arange(batch, device=logits.device)[:, None]                              # [B, 1]
+        running = logits.new_zeros(batch, 1, 0, dtype=torch.long)                              # [B, beams, t]
+        score = logits.new_zeros(batch, 1)                                                     # [B, beams]
+        finished = torch.full((batch, beams, max_new_tokens), self.config.pad_token_id, device=logits.device)
+        finished_score = torch.full((batch, beams), -1e9, device=logits.device)
+        settled = torch.zeros(batch, 1, dtype=torch.bool, device=logits.device)
+        memory, attention_mask = (t.repeat_interleave(beams, 0) for t in (memory, attention_mask))
+        for length in range(1, max_new_tokens + 1):
+            total = score[:, :, None] + logits.float().log_softmax(-1).view(batch, -1, vocabulary)
+            best, index = total.flatten(1).topk(2 * beams)                 # twice as many: half of them may be finished
+            parent, token = index // vocabulary, index % vocabulary                            # [B, 2*beams]
+            candidate = torch.cat([running[rows, parent], token[:, :, None]], 2)               # [B, 2*beams, t]
+            ended = (token == self.config.eos_token_id) | (length == max_new_tokens)
+            new_score = (best / length).masked_fill(~ended | settled, -1e9)
+            new_score[:, beams:] = -1e9                                    # only the best `beams` candidates may finish
+            padded = F.pad(candidate, (0, max_new_tokens - length), value=self.config.pad_token_id)
+            finished_score, keep = torch.cat([finished_score, new_score], 1).topk(beams)
+            finished = torch.cat([finished, padded], 1)[rows, keep]
+            score, keep = best.masked_fill(ended, -1e9).topk(beams)
+            running, parent = candidate[rows, keep], parent[rows, keep]
+            settled |= score[:, :1] / length <= finished_score[:, -1:]
+            if settled.all() or length == max_new_tokens:
+                break
+            # A beam takes its parent's cache along; the cross-attention's is the same for all beams of a row.
+            order = (rows * (beams if length > 1 else 1) + parent).flatten()
+            for cache in caches:
+                cache["self"] = tuple(t[order] for t in cache["self"])
+                if length == 1:
+                    cache["cross"] = tuple(t.repeat_interleave(beams, 0) for t in cache["cross"])
+            logits = self.decode(running[:, :, -1].reshape(-1, 1), memory, attention_mask, sites, caches)[:, -1]
+        return finished[:, 0, :length]
+
+    # ---------------------------------------------------------------------------------------------------- loading
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """A folder with config.json and model.safetensors (or its shards and index), or a public name -> float32 T5.
+
+        Raises UserError for a missing or damaged file, and for every missing, unknown or misshapen tensor.
+        """
+        folder = find_checkpoint(name_or_folder)
+        config = T5Config.from_file(folder / "config.json")
+        with torch.device("meta"):                                           # shapes only: nothing is filled twice
+            model = cls(config)
+        expected = {public_name(name): name for name in model.state_dict()}
+        tensors, found = {}, dict(read_tensors(folder, expected, model.state_dict()))
+        for public, name in expected.items():
+            if public not in found:
+                raise UserError(f"{folder}: tensor {public} is missing")
+            tensors[name] = found[public].float()
+        for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
+            if copy in found and copy not in expected and not torch.equal(found[copy], found["shared.weight"]):
+                raise UserError(f"{folder}: tensor {copy} differs from shared.weight, but config.json says that they are one")
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+
+# ours -> the name in public checkpoints
+RENAMED = [("blocks.", "block."), ("self_norm", "layer.0.layer_norm"), ("self_attention", "layer.0.SelfAttention"),
+           ("cross_norm", "layer.1.layer_norm"), ("cross_attention", "layer.1.EncDecAttention"),
+           ("relative_bias", "block.0.layer.0.SelfAttention.relative_attention_bias")]
+# tensors that a public file may hold beyond the expected ones: copies of shared.weight, and one relic of old conversions
+ALLOWED = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight",
+           "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
+
+
+def public_name(name):
+    for ours, public in RENAMED:
+        name = name.replace(ours, public)
+    last = 2 if name.startswith("decoder") else 1                            # the FFN comes after the attentions
+    name = name.replace("ffn_norm", f"layer.{last}.layer_norm").replace(".ffn.", f".layer.{last}.DenseReluDense.")
+    return re.sub(r"^(\w+)\.norm\.", r"\1.final_layer_norm.", name)
+
+
+def read_tensors(folder, expected, shapes):
+    """Yield (public name, tensor) of all safetensors files of a folder; refuse what is unknown or has a wrong shape."""
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].exists() and index.exists():
+        weight_map = read_json(index).get("weight_map") or {}
+        if not weight_map or any(Path(str(file)).name != file for file in weight_map.values()):
+            raise UserError(f"{index}: found no usable weight_map, expected tensor names -> files of this folder")
+        files = [folder / file for file in sorted(set(weight_map.values()))]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, expected the model's weights as safetensors")
+        try:
+            with safe_open(path, framework="pt") as file:
+                aliases = {k: v for k, v in (file.metadata() or {}).items() if v in file.keys() and k not in file.keys()}
+                for name in [*file.keys(), *(k for k in aliases if k in expected)]:
+                    if name not in expected and name not in ALLOWED:
+                        raise UserError(f"{path}: tensor {name} is unknown to this T5 (config.json of another model?)")
+                    part = file.get_slice(aliases.get(name, name))
+                    want = list(shapes[expected[name]].shape) if name in expected else part.get_shape()
+                    if part.get_shape() != want:
+                        raise UserError(f"{path}: tensor {name} has shape {part.get_shape()}, config.json says {want}")
+                    if part.get_dtype() not in ("F32", "F16", "BF16"):
+                        raise UserError(f"{path}: tensor {name} has type {part.get_dtype()}, expected F32, F16 or BF16")
+                    yield name, file.get_tensor(aliases.get(name, name))
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def find_checkpoint(name_or_folder):
+    """A folder as it is; a public name after its files are in the cache, downloaded where they are not -> Path.
+
+    The hub is HF_ENDPOINT (default https://huggingface.co), the cache HF_HOME or ~/.cache. Raises UserError.
+    """
+    folder, name = Path(name_or_folder), str(name_or_folder)
+    if folder.is_dir():
+        return folder
+    if name not in NAMES and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise UserError(f"model {name!r} is neither a folder nor a known name; the known ones are {', '.join(NAMES)}")
+    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache") / "hyperpelt" / name.replace("/", "--")
+    repository = name if "/" in name else f"google-t5/{name}"
+    base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}/resolve/main/"
+
+    def fetch(file, optional=False):
+        return (cache / file).is_file() or download(base + file, cache / file, optional)
+
+    fetch("config.json"), fetch("spiece.model")
+    if not fetch("model.safetensors", optional=True):
+        fetch("model.safetensors.index.json")
+        for file in sorted(set(read_json(cache / "model.safetensors.index.json").get("weight_map", {}).values())):
+            if Path(file).name != file:
+                raise UserError(f"{base}model.safetensors.index.json: names a file outside its folder: {file}")
+            fetch(file)
+    return cache
