@@ -1,0 +1,280 @@
+"""The method against an independent computation: paper.md's equations in numpy, in float64, without torch."""
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hyperpelt
+import t5 as t5_module
+from conftest import make_checkpoint, run
+from hyperpelt import BLOCK_TYPES, METHODS, Adapter, HyperPELT, HyperPELTConfig, Prefix
+from t5 import DECODER_CROSS, DECODER_SELF, ENCODER_SELF, T5, T5Config
+from test_t5 import inputs
+
+SMALL = dict(prefix_length=5, embedding_dim=12, hyper_dim=6, projector_dim=7, bottleneck=4)
+
+
+def make(folder, kind="v1.1", method="hyperpelt", tasks=("rte", "stsb"), seed=0, **changes):
+    make_checkpoint(folder, kind)
+    torch.manual_seed(seed)
+    model = HyperPELT(T5.from_pretrained(folder), tasks, HyperPELTConfig(method, **{**SMALL, **changes}))
+    with torch.no_grad():                                        # every part must matter, also what starts at zero
+        for name, parameter in model.named_parameters():
+            if not name.startswith("t5."):
+                parameter.normal_(std=0.5)
+    return model.eval()
+
+
+# ----------------------------------------------------------------- the whole method once more, literally, in numpy
+
+def numpy_hyper_embedding(p, task, layer, block):
+    """Eq. (1) as it is written: concatenate, multiply, ReLU, multiply; one position after the other."""
+    rows = []
+    for z, l, b in zip(p["hyper_embedding.task"][task], p["hyper_embedding.layer"][layer], p["hyper_embedding.block"][block]):
+        hidden = p["hyper_embedding.projector_in.weight"] @ np.concatenate([z, l, b]) + p["hyper_embedding.projector_in.bias"]
+        rows.append(p["hyper_embedding.projector_out.weight"] @ np.maximum(hidden, 0) + p["hyper_embedding.projector_out.bias"])
+    return np.array(rows)                                        # [N, E]
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+class NumpyT5:
+    """T5 v1.1 with prefixes and adapters for one sequence, from the tensors' names and paper.md alone."""
+
+    def __init__(self, p, config, task, prefix=True, adapter=True):
+        self.p, self.c, self.task, self.prefix, self.adapter = p, config, task, prefix, adapter
+
+    def norm(self, x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * self.p[f"t5.{name}.weight"]
+
+    def attention(self, name, u, memory, bias, kind, layer_id):
+        p, c = self.p, self.c
+        q, k, v = u @ p[f"t5.{name}.q.weight"].T, memory @ p[f"t5.{name}.k.weight"].T, memory @ p[f"t5.{name}.v.weight"].T
+        n = 0
+        if self.prefix:
+            hyper = numpy_hyper_embedding(p, self.task, layer_id, BLOCK_TYPES.index(kind))
+            k = np.concatenate([linear(p, "prefix_hypernetwork.key", hyper), k])       # eq. (2), (3)
+            v = np.concatenate([linear(p, "prefix_hypernetwork.value", hyper), v])
+            n = len(hyper)
+        heads = []
+        for h in range(c.num_heads):
+            part = slice(h * c.d_kv, (h + 1) * c.d_kv)
+            scores = q[:, part] @ k[:, part].T
+            scores[:, n:] += bias[h]                             # prefix columns: no bias, no mask
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            heads.append(weights / weights.sum(1, keepdims=True) @ v[:, part])
+        return np.concatenate(heads, 1) @ p[f"t5.{name}.o.weight"].T
+
+    def feed_forward(self, name, u, kind, layer_id):
+        p = self.p
+        gate = u @ p[f"t5.{name}.wi_0.weight"].T
+        gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        y = (gate * (u @ p[f"t5.{name}.wi_1.weight"].T)) @ p[f"t5.{name}.wo.weight"].T
+        if self.adapter:
+            mean = numpy_hyper_embedding(p, self.task, layer_id, BLOCK_TYPES.index(kind)).mean(0)
+            a, d = "adapter_hypernetwork", self.c.d_model
+            w_down = linear(p, f"{a}.down", mean).reshape(-1, d)                        # eq. (4)
+            w_up = linear(p, f"{a}.up", mean).reshape(d, -1)
+            hidden = np.maximum(u @ w_down.T + linear(p, f"{a}.down_bias", mean), 0)    # eq. (5)
+            y = y + p[f"{a}.scale"] * (hidden @ w_up.T + linear(p, f"{a}.up_bias", mean))  # eq. (6)
+        return y
+
+    def bias(self, stack, queries, keys, causal):
+        c, out = self.c, np.zeros((self.c.num_heads, queries, keys))
+        for i in range(queries):
+            for j in range(keys):
+                d, b = j - i, c.relative_attention_num_buckets
+                base, d, b = (0, max(-d, 0), b) if causal else ((b // 2 if d > 0 else 0), abs(d), b // 2)
+                bucket = d if d < b // 2 else min(b // 2 + int(math.log(d / (b // 2)) / math.log(128 / (b // 2)) * (b - b // 2)), b - 1)
+                out[:, i, j] = self.p[f"t5.{stack}.relative_bias.weight"][base + bucket] + (-np.inf if causal and j > i else 0)
+        return out
+
+    def encode(self, ids):
+        x = self.p["t5.shared.weight"][ids]
+        bias = self.bias("encoder", len(ids), len(ids), False)
+        for i in range(self.c.num_layers):
+            name = f"encoder.blocks.{i}"
+            u = self.norm(x, f"{name}.self_norm")
+            x = x + self.attention(f"{name}.self_attention", u, u, bias, "encoder self-attention", i)
+            x = x + self.feed_forward(f"{name}.ffn", self.norm(x, f"{name}.ffn_norm"), "encoder FFN", i)
+        return self.norm(x, "encoder.norm")
+
+    def logits(self, ids, decoder_ids):
+        memory, x = self.encode(ids), self.p["t5.shared.weight"][decoder_ids]
+        bias, nothing = self.bias("decoder", len(x), len(x), True), np.zeros((self.c.num_heads, 1, 1))
+        for i in range(self.c.num_decoder_layers):
+            name, layer_id = f"decoder.blocks.{i}", self.c.num_layers + i
+            u = self.norm(x, f"{name}.self_norm")
+            x = x + self.attention(f"{name}.self_attention", u, u, bias, "decoder self-attention", layer_id)
+            u = self.norm(x, f"{name}.cross_norm")
+            x = x + self.attention(f"{name}.cross_attention", u, memory, nothing, "decoder cross-attention", layer_id)
+            x = x + self.feed_forward(f"{name}.ffn", self.norm(x, f"{name}.ffn_norm"), "decoder FFN", layer_id)
+        return self.norm(x, "decoder.norm") @ self.p["t5.lm_head.weight"].T
+
+
+@pytest.mark.parametrize("method", ["hyperpelt", "hyperprefix", "hyperadapter"])
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_model_equals_numpy(method, task, tmp_path):
+    """Eq. (1) to (6) in their places: all logits, rows of different length in one batch, both tasks."""
+    model = make(tmp_path, method=method)
+    ids, mask, labels = inputs()
+    with torch.no_grad():
+        logits, _ = model(ids, mask, labels, task)
+    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    independent = NumpyT5(p, model.t5.config, ["rte", "stsb"].index(task), *METHODS[method][:2])
+    for row in range(len(ids)):
+        real = int((labels[row] != -100).sum())
+        expected = independent.logits(ids[row][mask[row] == 1].numpy(), np.concatenate([[0], labels[row][:real - 1].numpy()]))
+        assert np.abs(expected - logits[row, :real].numpy()).max() < 1e-3 * np.abs(expected).max(), row
+
+
+def test_vector_form_and_norm(tmp_path):
+    """per_position False: one hyper-embedding per site, whose heads emit all N rows; hyper_norm: layer norm on I."""
+    model = make(tmp_path, per_position=False, hyper_norm=True)
+    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    site = model.sites("stsb")[DECODER_CROSS, 1]
+    hyper = numpy_hyper_embedding(p, 1, 3 + 1, BLOCK_TYPES.index(DECODER_CROSS))
+    assert hyper.shape == (1, SMALL["hyper_dim"])
+    hyper = (hyper - hyper.mean()) / np.sqrt(hyper.var() + 1e-5) * p["hyper_embedding.norm.weight"] + p["hyper_embedding.norm.bias"]
+    expected = linear(p, "prefix_hypernetwork.key", hyper).reshape(SMALL["prefix_length"], 48)
+    assert np.allclose(expected, site.keys.detach().numpy(), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ prefix, trap by trap
+
+def test_prefix_leaves_bias_and_mask_alone(tmp_path):
+    """Traps 1 and 3: real keys keep their bias, N columns of 0 stand in front, for padded rows and later steps too."""
+    stack = make(tmp_path).t5.decoder
+    prefix = Prefix(torch.zeros(5, 48), torch.zeros(5, 48))
+    for module in (stack, make(tmp_path).t5.encoder):
+        padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        plain, extended = (module.self_mask(4, 0, padding, p, torch.float32) for p in (None, prefix))
+        assert torch.equal(extended[..., 5:], plain) and (extended[..., :5] == 0).all()
+        assert (plain[1, :, :, 2:] < -1e8).all()
+    later = stack.self_mask(1, 3, None, prefix, torch.float32)   # the query at step 3 has position 3
+    assert torch.equal(later[..., 5:], stack.self_mask(4, 0, None, None, torch.float32)[:, :, 3:])
+    assert torch.equal(t5_module.padding_mask(torch.tensor([[1, 0]]), prefix, torch.float32)[0, 0, 0, :6], torch.zeros(6))
+
+
+def test_zero_prefix_still_takes_mass(tmp_path):
+    """Trap 3: with all-zero keys and values the output shrinks; it is not the plain model's."""
+    t5 = make(tmp_path, method="norms").t5
+    ids, mask, labels = inputs()
+    sites = {(ENCODER_SELF, i): Prefix(torch.zeros(5, 48), torch.zeros(5, 48)) for i in range(3)}
+    with torch.no_grad():
+        assert (t5(ids, mask, labels, sites)[0] - t5(ids, mask, labels)[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
+def test_cached_decoding_equals_uncached(kind, tmp_path):
+    """Trap 5: the prefix is prepended once; 9 steps of greedy decoding against full recomputation, padded rows included."""
+    model = make(tmp_path, kind)
+    ids, mask, _ = inputs(vocabulary=64)
+    with torch.no_grad():
+        sites = model.sites("rte")
+        found = model.t5.generate(ids, mask, max_new_tokens=9, sites=sites)
+        memory, sequence = model.t5.encode(ids, mask, sites), torch.zeros(len(ids), 1, dtype=torch.long)
+        done = torch.zeros(len(ids), dtype=torch.bool)
+        for _ in range(found.size(1)):
+            token = model.t5.decode(sequence, memory, mask, sites)[:, -1].argmax(-1).masked_fill(done, 0)
+            done |= token == 1
+            sequence = torch.cat([sequence, token[:, None]], 1)
+    assert found.size(1) >= 6 and torch.equal(found, sequence[:, 1:])
+
+
+# --------------------------------------------------------------------------------- freezing, generation, initial state
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_declared_is_trained(method, tmp_path):
+    """Trap 34: gradients reach exactly what `trained` names; all else is bit-identical after several steps. Trap 37."""
+    model = make(tmp_path, method=method).train()
+    before = copy.deepcopy(model.state_dict())
+    requires, config = {n: p.requires_grad for n, p in model.named_parameters()}, dataclasses.asdict(model.config)
+    optimiser = torch.optim.AdamW(model.trained().values(), lr=1e-2)
+    for step in range(4):
+        loss = model(*inputs(step), ["rte", "stsb"][step % 2])[1]
+        loss.backward()
+        if step == 0:
+            assert {n for n, p in model.named_parameters() if p.grad is not None} == set(model.trained())
+        optimiser.step()
+        optimiser.zero_grad()
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == set(model.trained())
+    if method != "full":
+        in_t5 = {n for n in changed if n.startswith("t5.")}
+        assert in_t5 == {n for n in before if n.startswith("t5.") and "norm" in n} and len(in_t5) == 3 * 2 + 2 * 3 + 2
+    assert requires == {n: p.requires_grad for n, p in model.named_parameters()} and config == dataclasses.asdict(model.config)
+
+
+def test_weights_are_generated_once(tmp_path, monkeypatch):
+    """Trap 35: one call of each hypernetwork in a training step; none at all while T5 generates text."""
+    model = make(tmp_path)
+    calls = []
+    for network in (model.prefix_hypernetwork, model.adapter_hypernetwork):
+        network.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
+    model(*inputs(), "rte")
+    assert sorted(calls) == ["AdapterHypernetwork", "PrefixHypernetwork"]
+    sites = model.sites("rte")
+    calls.clear()
+    model.t5.generate(inputs()[0], max_new_tokens=4, sites=sites)
+    assert calls == []
+
+
+def test_adapters_start_as_no_op(tmp_path):
+    make_checkpoint(tmp_path)
+    plain, model = T5.from_pretrained(tmp_path).eval(), HyperPELT(T5.from_pretrained(tmp_path), ["rte"], HyperPELTConfig("hyperadapter", **SMALL)).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(*inputs())[0], model(*inputs(), "rte")[0])
+
+
+def test_bfloat16_holds_frozen_weights_once(tmp_path):
+    make_checkpoint(tmp_path)
+    model = HyperPELT(T5.from_pretrained(tmp_path), ["rte"], HyperPELTConfig(**SMALL), torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in model.trained() else torch.bfloat16), name
+    torch.manual_seed(0)
+    exact = HyperPELT(T5.from_pretrained(tmp_path), ["rte"], HyperPELTConfig(**SMALL)).eval()
+    exact.load_state_dict(model.state_dict())
+    a, b = (m(*inputs(), "rte")[0] for m in (model, exact))
+    assert a.dtype == torch.bfloat16 and 0 < (a - b).std() < 0.05 * b.std()
+
+
+def test_same_seed_same_weights(tmp_path):
+    a, b, c = (make(tmp_path, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["hyper_embedding.task"], c["hyper_embedding.task"])
+
+
+# ------------------------------------------------------------------------------------------------------------- budget
+
+def test_parameter_budget():
+    """The figures of section 1.6, by arithmetic from the sizes: T5-base, N 49, d_t 768, d_I 64, h 128, b 24, 8 tasks."""
+    norms, embeddings = 62 * 768, (8 + 24 + 5) * 49 * 768
+    projector = 3 * 768 * 128 + 128 + 128 * 64 + 64
+    prefix_heads = 2 * (64 * 768 + 768)
+    adapter_heads = 2 * (64 + 1) * 24 * 768 + (64 + 1) * 24 + (64 + 1) * 768 + 1
+    assert norms == 47_616 and norms + embeddings + projector + prefix_heads == 1_843_136
+    with torch.device("meta"):
+        counts = {}
+        for method in METHODS:
+            model = HyperPELT(T5(T5Config.from_name("t5-base")), list("abcdefgh"), HyperPELTConfig(method))
+            counts[method] = sum(p.numel() for p in model.trained().values())
+            if method == "hyperpelt":
+                assert hyperpelt.deployed(model) == norms + 8 * (36 * 2 * 49 * 768 + 24 * (2 * 24 * 768 + 24 + 768))
+    assert counts["hyperprefix"] == 1_843_136 and counts["hyperpelt"] == 1_843_136 + adapter_heads
+    assert counts["norms"] == norms and counts["full"] == 222_903_552
+    assert f"{1 + counts['hyperprefix'] / counts['full']:.2f} {1 + counts['hyperpelt'] / counts['full']:.2f}" == "1.01 1.02"
+    assert f"{100 * counts['hyperpelt'] / 8 / counts['full']:.2f}" == "0.24"
+
+
+def test_budget_command(tmp_path):
+    out, _ = run("hyperpelt.py", "--model", "t5-base", "--tasks", 8)
+    assert "1.0083x" in out and "1.0192x" in out and "0.241 %" in out and "4,290,777" in out and "8 x 49 x 768" in out
+    make_checkpoint(tmp_path)
+    assert "2 tasks" in run("hyperpelt.py", "--model", tmp_path, "--tasks", 2)[0]
+    assert "t5-bas" in run("hyperpelt.py", "--model", "t5-bas", ok=False)[1]
+    assert "--tasks" in run("hyperpelt.py", "--tasks", 0, ok=False)[1]
