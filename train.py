@@ -207,7 +207,8 @@ def show(result):
 def save_tensors(path, tensors, metadata):
     """safetensors, written aside and renamed: the previous file stays until the new one is whole."""
     aside = f"{path}.tmp"
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, {k: str(v) for k, v in metadata.items()})
+    # One key of metadata: with several, safetensors writes them in an order that differs from run to run.
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, {"hyperpelt": json.dumps(metadata)})
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -223,7 +224,7 @@ def load_tensors(path, expected):
             for name, shape in shapes.items():
                 if shape != tuple(expected[name].shape):
                     raise UserError(f"{path}: tensor {name} has shape {shape}, expected {tuple(expected[name].shape)}")
-            return {name: file.get_tensor(name) for name in shapes}, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in shapes}, json.loads((file.metadata() or {}).get("hyperpelt", "{}"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, expected a checkpoint of this run") from None
     except SafetensorError as error:
@@ -253,18 +254,16 @@ def load_last(path, model, optimiser):
     """-> progress, as it was saved; everything else goes back to where it was."""
     tensors = training_state(model, optimiser)
     found, metadata = load_tensors(path, tensors)
-    try:
-        progress = {key: kind(metadata[key]) for key, kind in (("step", int), ("evaluated", int), ("best_step", int), ("best", float))}
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: metadata: {error!r}, expected step, evaluated, best_step and best") from None
+    if set(metadata) != {"step", "evaluated", "best_step", "best"}:
+        raise UserError(f"{path}: metadata: found {', '.join(metadata) or 'nothing'}, expected step, evaluated, best_step and best")
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
     for state in optimiser.state.values():
-        state["step"].fill_(progress["step"])
+        state["step"].fill_(metadata["step"])
     torch.set_rng_state(found["generator.cpu"])
     if "generator.cuda" in found:
         torch.cuda.set_rng_state(found["generator.cuda"])
-    return progress
+    return metadata
 
 
 @torch.no_grad()

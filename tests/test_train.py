@@ -1,0 +1,214 @@
+"""The command line in subprocesses, at tiny size, on made-up rows: what a user does and what a user gets wrong."""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import train as train_module
+from conftest import ROOT, read_json, run
+
+TINY = ["--prefix-length", 5, "--embedding-dim", 12, "--hyper-dim", 6, "--bottleneck", 4, "--batch-size", 8, "--precision", "fp32"]
+
+
+def command(checkpoint, glue, out, *more, task="rte"):
+    return ["train.py", "--task", task, "--model", checkpoint, "--data-dir", glue, "--out", out, *TINY, *more]
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, glue, tmp_path_factory):
+    """A run of 20 steps, never interrupted."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    stdout, _ = run(*command(checkpoint, glue, out, "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4))
+    return out, stdout
+
+
+def test_a_run_and_its_folder(finished):
+    out, stdout = finished
+    assert sorted(p.name for p in out.iterdir()) == ["best.safetensors", "config.json", "last.safetensors", "log.jsonl", "metrics.json"]
+    metrics, log, config = read_json(out / "metrics.json"), log_of(out), read_json(out / "config.json")
+    steps = [row for row in log if "loss" in row]
+    assert [row["step"] for row in steps] == [10, 20] and steps[1]["loss"] < steps[0]["loss"]
+    assert set(steps[0]) == {"step", "task", "loss", "lr", "examples_per_s", "peak_memory_mb"} and steps[0]["lr"] == 0.02
+    evaluations = {row["step"]: row["validation"]["rte"]["validation"]["accuracy"] for row in log if "validation" in row}
+    assert list(evaluations) == [5, 10, 15, 20]
+    best = max(evaluations.values())
+    assert metrics["best_step"] == min(step for step, value in evaluations.items() if value == best)
+    assert metrics["rte"]["validation"]["accuracy"] == best and 0 <= metrics["rte"]["test"]["accuracy"] <= 1
+    names = set(load_file(out / "best.safetensors"))
+    assert {n for n in names if not n.startswith("t5.")} and all("norm" in n for n in names if n.startswith("t5."))
+    trained = sum(t.numel() for t in load_file(out / "best.safetensors").values())
+    assert config["trained_parameters"] == trained and f"{trained:,} trained parameters" in stdout
+    assert "\r" not in stdout                                    # no progress bar where the output is no terminal
+
+
+def test_same_seed_same_bytes(finished, checkpoint, glue, tmp_path):
+    out, _ = finished
+    run(*command(checkpoint, glue, tmp_path / "run", "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4))
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    run(*command(checkpoint, glue, tmp_path / "other", "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4, "--seed", 1))
+    assert (out / "best.safetensors").read_bytes() != (tmp_path / "other" / "best.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_and_resume_exactly(number, finished, checkpoint, glue, tmp_path):
+    """Trap 36: stopped by a signal at any step and resumed, a run ends with the bytes and the log of one never stopped."""
+    out = tmp_path / "run"
+    arguments = command(checkpoint, glue, out, "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4)
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "--resume" in stderr and "Traceback" not in stderr
+    assert 0 <= int(re.search(r"stopped at step (\d+)", stderr)[1]) < 20
+    stdout, _ = run("train.py", "--out", out, "--resume")
+    assert "resumed at step" in stdout
+    for name in ("best.safetensors", "last.safetensors", "metrics.json"):
+        assert (out / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    timeless = lambda rows: [{k: v for k, v in row.items() if k not in ("examples_per_s", "peak_memory_mb")} for row in rows]
+    ours, theirs = ([row for row in timeless(log_of(folder)) if "validation" in row] for folder in (out, finished[0]))
+    assert ours == theirs
+
+
+def test_resume_from_an_older_checkpoint(finished, checkpoint, glue, tmp_path):
+    """A run killed after its checkpoint of step 10: log rows after it are dropped, and all is repeated exactly."""
+    out = tmp_path / "run"
+    arguments = command(checkpoint, glue, out, "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4)
+    killer = ("import os, train, data; old = train.save_last\n"
+              "def save(path, model, optimiser, progress):\n"
+              "    if progress['step'] == 15: os._exit(9)\n"
+              "    old(path, model, optimiser, progress)\n"
+              "train.save_last = save; data.run(train.main)")
+    done = subprocess.run([sys.executable, "-c", killer, *map(str, arguments[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 9 and log_of(out)[-1]["step"] == 15
+    run("train.py", "--out", out, "--resume")
+    for name in ("best.safetensors", "last.safetensors", "metrics.json"):
+        assert (out / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    assert [row["step"] for row in log_of(out)] == [row["step"] for row in log_of(finished[0])]
+
+
+def test_eval_only_and_predict(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    before = read_json(out / "metrics.json")
+    (out / "metrics.json").unlink()
+    run("train.py", "--out", out, "--eval-only")
+    after = read_json(out / "metrics.json")
+    assert after["rte"] == before["rte"]
+    for split, file, count in (("submission", "RTE.tsv", 6), ("validation", "RTE-validation.tsv", 10)):
+        run("train.py", "--out", out, "--predict", split)
+        lines = (out / file).read_text().splitlines()
+        assert lines[0] == "index\tprediction" and len(lines) == count + 1
+        assert all(line.split("\t")[1] in ("entailment", "not_entailment") for line in lines[1:])
+    predicted = {line.split("\t")[0]: line.split("\t")[1] for line in lines[1:]}
+    gold = {e.index: e.gold for e in data.make_splits(data.TASKS["rte"], read_json(out / "config.json")["settings"]["data_dir"])["validation"]}
+    assert predicted.keys() == gold.keys()
+
+
+@pytest.mark.parametrize("method", ["hyperprefix", "hyperadapter", "norms", "full"])
+def test_every_method_trains(method, checkpoint, glue, tmp_path):
+    run(*command(checkpoint, glue, tmp_path / "run", "--method", method, "--steps", 12, "--eval-every", 12, "--lr", 0.01,
+                 "--schedule", "linear", "--label-smoothing", 0.1, "--warmup-steps", 2, "--split", "official"))
+    log, metrics = log_of(tmp_path / "run"), read_json(tmp_path / "run" / "metrics.json")
+    assert math.isfinite(log[0]["loss"]) and set(metrics["rte"]) == {"validation"}
+    assert log[0]["lr"] == pytest.approx(0.01 * (12 - 9) / (12 - 2))          # the tenth step of a linear schedule
+
+
+def test_two_tasks_in_one_run(checkpoint, glue, tmp_path):
+    run(*command(checkpoint, glue, tmp_path / "run", "--epochs", 2, "--precision", "bf16", task="rte,stsb"))
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert set(metrics["rte"]["test"]) == {"accuracy"} and set(metrics["stsb"]["test"]) == {"pearson", "spearman"}
+    assert len(load_file(tmp_path / "run" / "best.safetensors")["hyper_embedding.task"]) == 2
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    """Single task: each row once an epoch. Several: one task a batch, in the proportions of n^(1/T) (trap 21)."""
+    class Settings:
+        batch_size, steps, epochs, temperature, seed = 4, 0, 2.0, 10.0, 0
+    rows = {"a": [(np.array([i, 1]), np.array([1])) for i in range(10, 30)]}
+    steps, batch = train_module.make_batches(rows, Settings)
+    assert steps == 10
+    seen = torch.cat([batch(step)[1][:, 0] for step in range(5)])
+    assert sorted(seen.tolist()) == list(range(10, 30))
+    again = torch.cat([train_module.make_batches(rows, Settings)[1](step)[1][:, 0] for step in range(5)])
+    assert torch.equal(seen, again)
+    counts = dict(cola=8551, sst2=66349, mrpc=3668, qqp=362846, stsb=5749, mnli=391702, qnli=103743, rte=2490)
+    expected = dict(cola=.109, sst2=.134, mrpc=.100, qqp=.158, stsb=.105, mnli=.159, qnli=.140, rte=.096)
+    one = (np.array([5, 1]), np.array([1]))
+    Settings.steps = 20_000
+    steps, batch = train_module.make_batches({name: [one] * count for name, count in counts.items()}, Settings)
+    drawn = [batch(step)[0] for step in range(0, 20_000, 10)]
+    for name, share in expected.items():
+        assert abs(drawn.count(name) / len(drawn) - share) < 4 * math.sqrt(share / len(drawn))
+
+
+# ---------------------------------------------------------------------------------------------------- user's mistakes
+
+def test_resume_of_another_run_is_refused(finished, checkpoint, glue, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    _, error = run("train.py", "--out", out, "--resume", "--lr", 0.5, "--bottleneck", 9, ok=False)
+    assert "--lr was 0.02, is 0.5" in error and "--bottleneck was 4, is 9" in error
+    assert "holds a run already" in run(*command(checkpoint, glue, out), ok=False)[1]
+    changed = tmp_path / "glue"
+    shutil.copytree(glue, changed)
+    (changed / "RTE" / "train.tsv").write_text((glue / "RTE" / "train.tsv").read_text().replace("cat", "dog"))
+    assert "another training data" in run("train.py", "--out", out, "--resume", "--data-dir", changed, ok=False)[1]
+    other = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"shared.weight": tensors["shared.weight"] + 1}, other / "model.safetensors")
+    assert "another backbone" in run("train.py", "--out", out, "--resume", "--model", other, ok=False)[1]
+    assert "no such file" in run("train.py", "--out", tmp_path / "none", "--resume", ok=False)[1]
+
+
+def test_damaged_checkpoints(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    whole = (out / "best.safetensors").read_bytes()
+    (out / "best.safetensors").write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
+    tensors = load_file(finished[0] / "best.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "hyper_embedding.task"}, out / "best.safetensors")
+    assert "tensor hyper_embedding.task is missing" in run("train.py", "--out", out, "--predict", "test", ok=False)[1]
+    save_file(tensors | {"hyper_embedding.task": torch.zeros(1, 5, 11)}, out / "best.safetensors")
+    assert "has shape (1, 5, 11), expected (1, 5, 12)" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
+    (out / "last.safetensors").unlink()
+    assert "last.safetensors: no such file" in run("train.py", "--out", out, "--resume", ok=False)[1]
+
+
+def test_wrong_command_lines(checkpoint, glue, tmp_path):
+    base = command(checkpoint, glue, tmp_path / "run")
+    for more, word in ((["--task", "rtf"], "'rtf' is unknown"), (["--model", "t5-bse"], "'t5-bse' is neither"), (["--method", "lora"], "lora"),
+                       (["--steps", "-1"], "int of at least 1"), (["--lr", "x"], "--lr"), (["--data-dir", tmp_path], "no such folder"),
+                       (["--nonsense"], "--nonsense"), (["--predict", "test"], "config.json: no such file")):
+        assert word in run(*base, *more, ok=False)[1]
+    assert not (tmp_path / "run").exists()
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    (broken / "spiece.model").unlink()
+    assert "spiece.model: no such file" in run(*base, "--model", broken, ok=False)[1]
+    help_text = " ".join(run("train.py", "--help")[0].split())
+    assert all(f"--{name}" in help_text for name, *_ in train_module.OPTIONS) and help_text.count("(default: ") == len(train_module.OPTIONS)
+
+
+def test_divergence_stops_the_run(checkpoint, glue, tmp_path):
+    _, error = run(*command(checkpoint, glue, tmp_path / "run", "--steps", 50, "--lr", 1e30, "--warmup-steps", 0), ok=False)
+    assert re.search(r"step \d+, task rte: loss .* diverged", error)
