@@ -61,19 +61,17 @@ class T5Config:
     def from_file(cls, path):
         """Read a checkpoint's config.json; keys that the model has no use for are ignored. Raises UserError."""
         found = read_json(path)
-        if not isinstance(found, dict) or found.get("model_type", "t5") != "t5":
-            raise UserError(f"{path}: found {found.get('model_type') if isinstance(found, dict) else type(found).__name__},"
-                            " expected the config of a model_type t5")
+        found = found if isinstance(found, dict) else {"model_type": type(found).__name__}
+        if found.get("model_type", "t5") != "t5":
+            raise UserError(f"{path}: model_type: found {found['model_type']!r}, expected 't5'")
         found = {"num_decoder_layers": found.get("num_layers"), **found}
-        values = {}
         for field in fields(cls):
-            value = found.get(field.name, field.default)
-            kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[getattr(field.type, "__name__", field.type)]
-            if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool) or (
-                    field.type is int and not 0 < value < 10**7 and not field.name.endswith("_id")):
-                raise UserError(f"{path}: {field.name}: found {found.get(field.name, 'nothing')!r}, expected a {field.type.__name__}")
-            values[field.name] = value
-        config = cls(**values)
+            value = found.setdefault(field.name, field.default)
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise UserError(f"{path}: {field.name}: found {value!r}, expected {field.type.__name__}")
+            if field.type is int and not field.name.endswith("_id") and not 0 < value < 10**7:
+                raise UserError(f"{path}: {field.name}: found {value}, expected a size above 0")
+        config = cls(**{field.name: found[field.name] for field in fields(cls)})
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
             raise UserError(f"{path}: feed_forward_proj: found {config.feed_forward_proj!r}, expected 'relu' or 'gated-gelu'")
         return config
