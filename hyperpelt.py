@@ -84,17 +84,17 @@ class HyperEmbedding(nn.Module):
 class PrefixHypernetwork(nn.Module):
     """h_P: hyper-embeddings -> keys and values for every attention; one linear map each, shared by all sites."""
 
-    def __init__(self, config, width):
+    def __init__(self, config, heads, d_kv):
         super().__init__()
-        self.length = config.prefix_length
-        per_row = 1 if config.per_position else config.prefix_length        # a vector I has to give all N rows at once
-        self.key = nn.Linear(config.hyper_dim, per_row * width)             # W_k, c_k
-        self.value = nn.Linear(config.hyper_dim, per_row * width)           # W_v, c_v
+        self.shape = config.prefix_length, heads, d_kv
+        rows = 1 if config.per_position else config.prefix_length           # a vector I has to give all N rows at once
+        self.key = nn.Linear(config.hyper_dim, rows * heads * d_kv)         # W_k, c_k
+        self.value = nn.Linear(config.hyper_dim, rows * heads * d_kv)       # W_v, c_v
 
     def forward(self, hyper):                                               # I [sites, N, E]
-        keys = self.key(hyper)                                              # eq. (2): P_k
-        values = self.value(hyper)                                          # eq. (2): P_v
-        return (p.reshape(len(hyper), self.length, -1) for p in (keys, values))     # [sites, N, H*K]
+        keys = self.key(hyper)                                              # eq. (2): P_k  [sites, N, H*K]
+        values = self.value(hyper)                                          # eq. (2): P_v  [sites, N, H*K]
+        return (p.reshape(-1, *self.shape).transpose(1, 2) for p in (keys, values))     # in heads [sites, H, N, K]
 
 
 class AdapterHypernetwork(nn.Module):
@@ -120,12 +120,12 @@ class AdapterHypernetwork(nn.Module):
 # --------------------------------------------------------------------------- injection: what the seams of t5.py call
 
 class Prefix:
-    def __init__(self, keys, values):                                       # P_k, P_v [N, H*K]
-        self.keys, self.values, self.length = keys, values, len(keys)
+    def __init__(self, keys, values):                                       # P_k, P_v [H, N, K]
+        self.keys, self.values, self.length = keys, values, keys.size(1)
 
-    def __call__(self, k, v):                                               # x W_K, x W_V [B, S, H*K]
-        p_k, p_v = (p.expand(len(k), -1, -1) for p in (self.keys, self.values))
-        return torch.cat([p_k, k], 1), torch.cat([p_v, v], 1)               # eq. (3): [B, N+S, H*K]
+    def __call__(self, k, v):                                               # x W_K, x W_V, in heads [B, H, S, K]
+        p_k, p_v = (p.expand(len(k), -1, -1, -1) for p in (self.keys, self.values))
+        return torch.cat([p_k, k], 2), torch.cat([p_v, v], 2)               # eq. (3): [B, H, N+S, K]
 
 
 class Adapter:
@@ -165,7 +165,7 @@ class HyperPELT(nn.Module):
         if sites:
             self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder + decoder)
         if self.has_prefix:
-            self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads * c.d_kv)
+            self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)
         if self.has_adapter:
             self.adapter_hypernetwork = AdapterHypernetwork(config, c.d_model)
         self.initialise()

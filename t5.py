@@ -190,10 +190,10 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, memory, prefix=None):                              # [B, S, D]
-        k, v = self.k(memory), self.v(memory)                                # [B, S, H*K]
+        k, v = self.split(self.k(memory)), self.split(self.v(memory))        # [B, H, S, K]
         if prefix is not None:                                               # seam 1: more keys and values in front
-            k, v = prefix(k, v)                                              # [B, N+S, H*K]
-        return self.split(k), self.split(v)                                  # [B, H, N+S, K]
+            k, v = prefix(k, v)                                              # [B, H, N+S, K]
+        return k, v
 
     def forward(self, u, k, v, mask):                                        # [B, T, D], mask [B or 1, H or 1, T or 1, N+S]
         q = self.split(self.q(u))                                            # [B, H, T, K]

@@ -141,8 +141,8 @@ def test_vector_form_and_norm(tmp_path):
     hyper = numpy_hyper_embedding(p, 1, 3 + 1, BLOCK_TYPES.index(DECODER_CROSS))
     assert hyper.shape == (1, SMALL["hyper_dim"])
     hyper = (hyper - hyper.mean()) / np.sqrt(hyper.var() + 1e-5) * p["hyper_embedding.norm.weight"] + p["hyper_embedding.norm.bias"]
-    expected = linear(p, "prefix_hypernetwork.key", hyper).reshape(SMALL["prefix_length"], 48)
-    assert np.allclose(expected, site.keys.detach().numpy(), atol=1e-4)
+    expected = linear(p, "prefix_hypernetwork.key", hyper).reshape(SMALL["prefix_length"], 3, 16)
+    assert np.allclose(expected.transpose(1, 0, 2), site.keys.detach().numpy(), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ prefix, trap by trap
@@ -150,7 +150,7 @@ def test_vector_form_and_norm(tmp_path):
 def test_prefix_leaves_bias_and_mask_alone(tmp_path):
     """Traps 1 and 3: real keys keep their bias, N columns of 0 stand in front, for padded rows and later steps too."""
     stack = make(tmp_path).t5.decoder
-    prefix = Prefix(torch.zeros(5, 48), torch.zeros(5, 48))
+    prefix = Prefix(torch.zeros(3, 5, 16), torch.zeros(3, 5, 16))
     for module in (stack, make(tmp_path).t5.encoder):
         padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
         plain, extended = (module.self_mask(4, 0, padding, p, torch.float32) for p in (None, prefix))
@@ -165,7 +165,7 @@ def test_zero_prefix_still_takes_mass(tmp_path):
     """Trap 3: with all-zero keys and values the output shrinks; it is not the plain model's."""
     t5 = make(tmp_path, method="norms").t5
     ids, mask, labels = inputs()
-    sites = {(ENCODER_SELF, i): Prefix(torch.zeros(5, 48), torch.zeros(5, 48)) for i in range(3)}
+    sites = {(ENCODER_SELF, i): Prefix(torch.zeros(3, 5, 16), torch.zeros(3, 5, 16)) for i in range(3)}
     with torch.no_grad():
         assert (t5(ids, mask, labels, sites)[0] - t5(ids, mask, labels)[0]).abs().max() > 1e-2
 
