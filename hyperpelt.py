@@ -49,9 +49,7 @@ class HyperPELTConfig:
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
     adapter_scale: float = 1.0      # lambda of eq. (6) at the start [X: MAM]; trained [R]
-    embedding_std: float = 1.0      # of the task, layer and block embeddings at the start [C]
-    key_std: float = 0.02
-    value_std: float = 0.02
+    position_noise: float = 0.1     # share of the variance of z, l, b that differs from position to position at the start [C]
 
 
 # ----------------------------------------------------------------------------------- hyper-embeddings (section 1.2)
@@ -180,25 +178,17 @@ class HyperPELT(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        c = self.config
-        for name, parameter in self.named_parameters():
-            if name.startswith("t5."):
-                continue
-            part = name.split(".", 1)[1]
-            if part in ("task", "layer", "block"):
-                parameter.normal_(std=c.embedding_std)
-            elif part.endswith("bias"):
-                parameter.zero_()
-            elif part.startswith(("up.", "up_bias.")):
-                parameter.zero_()
-            elif part == "key.weight":
-                parameter.normal_(std=c.key_std)
-            elif part == "value.weight":
-                parameter.normal_(std=c.value_std)
-            elif part.startswith("projector"):
-                parameter.normal_(std=parameter.size(1) ** -0.5)
-            elif part.startswith("down"):
-                parameter.normal_(std=0.02)
+        """Linear maps start as PyTorch makes them, but for those below. [C]
+
+        z_tau, l_i, b_j: mostly one vector for all N positions, so that their mean, which the adapters see, tells sites apart.
+        W_up and its bias: heads of zeros, so that adapters are an exact no-op at first.
+        """
+        for table in (self.hyper_embedding.task, self.hyper_embedding.layer, self.hyper_embedding.block) if self.layer_ids.numel() else ():
+            noise = self.config.position_noise
+            table.copy_((1 - noise) ** 0.5 * torch.randn_like(table[:, :1]) + noise ** 0.5 * torch.randn_like(table))
+        if self.has_adapter:
+            for head in (self.adapter_hypernetwork.up, self.adapter_hypernetwork.up_bias):
+                head.weight.zero_(), head.bias.zero_()
 
     def trained(self):
         """name -> parameter, of all that is trained."""
