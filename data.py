@@ -488,6 +488,8 @@ def run(main):
         main()
     except (UserError, OSError) as error:
         sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("stopped", file=sys.stderr) or 130)
 
 
 if __name__ == "__main__":

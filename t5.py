@@ -338,8 +338,8 @@ class T5(nn.Module):
             return F.linear(x * self.config.d_model**-0.5, self.shared.weight.to(x.dtype))
         return self.lm_head(x)
 
-    def forward(self, input_ids, attention_mask=None, labels=None, sites=None, label_smoothing=0.0):
-        """input_ids, attention_mask [B, S], labels [B, T] (-100: no loss) -> logits [B, T, V], mean loss per token."""
+    def forward(self, input_ids, attention_mask, labels, sites=None, label_smoothing=0.0):
+        """input_ids, attention_mask (or None) [B, S], labels [B, T] (-100: no loss) -> logits [B, T, V], mean loss per token."""
         attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
         shifted = F.pad(labels, (1, -1), value=self.config.pad_token_id)     # the decoder starts from pad
         shifted = shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -416,19 +416,16 @@ class T5(nn.Module):
         Raises UserError for a missing or damaged file, and for every missing, unknown or misshapen tensor.
         """
         folder = find_checkpoint(name_or_folder)
-        config = T5Config.from_file(folder / "config.json")
         with torch.device("meta"):                                           # shapes only: nothing is filled twice
-            model = cls(config)
-        expected = {public_name(name): name for name in model.state_dict()}
-        tensors, found = {}, dict(read_tensors(folder, expected, model.state_dict()))
-        for public, name in expected.items():
-            if public not in found:
-                raise UserError(f"{folder}: tensor {public} is missing")
-            tensors[name] = found[public].float()
-        for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
-            if copy in found and copy not in expected and not torch.equal(found[copy], found["shared.weight"]):
+            model = cls(T5Config.from_file(folder / "config.json"))
+        names = {public_name(name): name for name in model.state_dict()}
+        found = dict(read_tensors(folder, {public: list(model.state_dict()[name].shape) for public, name in names.items()}))
+        for public in sorted(names.keys() - found.keys()):
+            raise UserError(f"{folder}: tensor {public} is missing")
+        for copy in COPIES:
+            if copy in found and copy not in names and not torch.equal(found[copy], found["shared.weight"]):
                 raise UserError(f"{folder}: tensor {copy} differs from shared.weight, but config.json says that they are one")
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict({name: found[public].float() for public, name in names.items()}, assign=True)
         return model
 
 
@@ -436,9 +433,8 @@ class T5(nn.Module):
 RENAMED = [("blocks.", "block."), ("self_norm", "layer.0.layer_norm"), ("self_attention", "layer.0.SelfAttention"),
            ("cross_norm", "layer.1.layer_norm"), ("cross_attention", "layer.1.EncDecAttention"),
            ("relative_bias", "block.0.layer.0.SelfAttention.relative_attention_bias")]
-# tensors that a public file may hold beyond the expected ones: copies of shared.weight, and one relic of old conversions
-ALLOWED = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight",
-           "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
+COPIES = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]   # of shared.weight, in some files
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"            # a relic of old conversions
 
 
 def public_name(name):
@@ -449,8 +445,8 @@ def public_name(name):
     return re.sub(r"^(\w+)\.norm\.", r"\1.final_layer_norm.", name)
 
 
-def read_tensors(folder, expected, shapes):
-    """Yield (public name, tensor) of all safetensors files of a folder; refuse what is unknown or has a wrong shape."""
+def read_tensors(folder, shapes):
+    """Yield (public name, tensor) of all safetensors files of a folder; refuse a name or a shape that is not in `shapes`."""
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].exists() and index.exists():
         weight_map = read_json(index).get("weight_map") or {}
@@ -463,13 +459,12 @@ def read_tensors(folder, expected, shapes):
         try:
             with safe_open(path, framework="pt") as file:
                 aliases = {k: v for k, v in (file.metadata() or {}).items() if v in file.keys() and k not in file.keys()}
-                for name in [*file.keys(), *(k for k in aliases if k in expected)]:
-                    if name not in expected and name not in ALLOWED:
+                for name in [*file.keys(), *(k for k in aliases if k in shapes)]:
+                    if name not in shapes and name not in [*COPIES, STRAY]:
                         raise UserError(f"{path}: tensor {name} is unknown to this T5 (config.json of another model?)")
                     part = file.get_slice(aliases.get(name, name))
-                    want = list(shapes[expected[name]].shape) if name in expected else part.get_shape()
-                    if part.get_shape() != want:
-                        raise UserError(f"{path}: tensor {name} has shape {part.get_shape()}, config.json says {want}")
+                    if part.get_shape() != shapes.get(name, part.get_shape()):
+                        raise UserError(f"{path}: tensor {name} has shape {part.get_shape()}, config.json says {shapes[name]}")
                     if part.get_dtype() not in ("F32", "F16", "BF16"):
                         raise UserError(f"{path}: tensor {name} has type {part.get_dtype()}, expected F32, F16 or BF16")
                     yield name, file.get_tensor(aliases.get(name, name))

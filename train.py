@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -31,6 +30,11 @@ import data
 from data import UserError
 from hyperpelt import METHODS, HyperPELT, HyperPELTConfig
 from t5 import T5, Tokenizer
+
+try:
+    import resource
+except ImportError:
+    resource = None
 
 SIZES = HyperPELTConfig()
 GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
@@ -237,7 +241,7 @@ def training_state(model, optimiser):
     for name, parameter in model.trained().items():
         state = optimiser.state[parameter]
         if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         tensors.update({f"trained.{name}": parameter, f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]})
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -286,6 +290,8 @@ def learning_rate(step, steps, settings):
 def peak_memory_mb():
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20)
+    if resource is None:                                                     # Windows has no such count
+        return 0
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 

@@ -143,7 +143,7 @@ def test_forms_of_a_checkpoint(tmp_path):
     make_checkpoint(tmp_path, "v1.0")
     expected, path = logits_of(tmp_path), tmp_path / "model.safetensors"
     tensors = load_file(path)
-    copies = {name: tensors["shared.weight"].clone() for name in t5.ALLOWED[:3]} | {t5.ALLOWED[3]: torch.zeros(32, 3)}
+    copies = {name: tensors["shared.weight"].clone() for name in t5.COPIES} | {t5.STRAY: torch.zeros(32, 3)}
     save_file(tensors | copies, path)
     assert torch.equal(logits_of(tmp_path), expected)
     alias = {k: v for k, v in tensors.items() if k != "shared.weight"} | {"encoder.embed_tokens.weight": tensors["shared.weight"]}
