@@ -49,7 +49,7 @@ class HyperPELTConfig:
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
     adapter_scale: float = 1.0      # lambda of eq. (6) at the start [X: MAM]; trained [R]
-    position_noise: float = 0.1     # share of the variance of z, l, b that differs from position to position at the start [C]
+    position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
 
 
 # ----------------------------------------------------------------------------------- hyper-embeddings (section 1.2)
@@ -178,17 +178,21 @@ class HyperPELT(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Linear maps start as PyTorch makes them, but for those below. [C]
+        """Linear maps start as PyTorch makes them, with biases of 0, but for these. [C]
 
-        z_tau, l_i, b_j: mostly one vector for all N positions, so that their mean, which the adapters see, tells sites apart.
-        W_up and its bias: heads of zeros, so that adapters are an exact no-op at first.
+        z_tau, l_i, b_j: half of the variance is one vector for all N positions, so that their mean, which the adapters
+        see, tells sites apart. W_up: a head of zeros, so that adapters are an exact no-op at first.
         """
-        for table in (self.hyper_embedding.task, self.hyper_embedding.layer, self.hyper_embedding.block) if self.layer_ids.numel() else ():
-            noise = self.config.position_noise
-            table.copy_((1 - noise) ** 0.5 * torch.randn_like(table[:, :1]) + noise ** 0.5 * torch.randn_like(table))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith("t5."):
+                module.bias.zero_()
         if self.has_adapter:
-            for head in (self.adapter_hypernetwork.up, self.adapter_hypernetwork.up_bias):
-                head.weight.zero_(), head.bias.zero_()
+            self.adapter_hypernetwork.up.weight.zero_()
+            self.adapter_hypernetwork.up_bias.weight.zero_()
+        if self.prefix_sites + self.adapter_sites:
+            for table in (self.hyper_embedding.task, self.hyper_embedding.layer, self.hyper_embedding.block):
+                noise = self.config.position_noise
+                table.copy_((1 - noise) ** 0.5 * torch.randn_like(table[:, :1]) + noise ** 0.5 * torch.randn_like(table))
 
     def trained(self):
         """name -> parameter, of all that is trained."""
@@ -199,17 +203,17 @@ class HyperPELT(nn.Module):
 
         task: a name -> {(block type, layer): Prefix or Adapter}, in the dtype of the backbone, for T5's `sites`.
         """
-        made = {}
         if not self.prefix_sites + self.adapter_sites:
-            return made
+            return {}
         hyper = self.hyper_embedding(self.tasks.index(task), self.layer_ids, self.block_ids)        # [sites, N, E]
         for_prefixes, for_adapters = hyper.split([len(self.prefix_sites), len(self.adapter_sites)])
-        for listed, injection, network, inputs in ((self.prefix_sites, Prefix, "prefix_hypernetwork", for_prefixes),
-                                                   (self.adapter_sites, Adapter, "adapter_hypernetwork", for_adapters)):
-            if listed:
-                tensors = [t.to(self.t5.dtype).unbind() for t in getattr(self, network)(inputs)]
-                made.update({site: injection(*parts) for site, parts in zip(listed, zip(*tensors))})
-        return made
+
+        def hand_out(injection, sites, tensors):                            # tensors: a few, [sites, ...] each
+            return {site: injection(*own) for site, *own in zip(sites, *(t.to(self.t5.dtype).unbind() for t in tensors))}
+
+        prefixes = hand_out(Prefix, self.prefix_sites, self.prefix_hypernetwork(for_prefixes)) if self.has_prefix else {}
+        adapters = hand_out(Adapter, self.adapter_sites, self.adapter_hypernetwork(for_adapters)) if self.has_adapter else {}
+        return prefixes | adapters
 
     def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0):
         """A batch of one task -> logits [B, T, V], loss."""
@@ -245,7 +249,7 @@ def main():
     rows += [(name, " x ".join(map(str, p.shape)) or "1", p.numel()) for name, p in trained.items() if name not in norms]
     for name, shape, count in rows:
         print(f"{name:40}{shape:>18}{count:>14,}")
-    backbone = sum(p.numel() for p in T5.parameters(models["hyperpelt"].t5))
+    backbone = sum(p.numel() for p in models["hyperpelt"].t5.parameters())
     print(f"\n{args.model}: {backbone:,} parameters; {args.tasks} task{'s' * (args.tasks > 1)}\n\n"
           f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   paper, T5-base, 8 tasks")
     known = {"hyperprefix": "1.01x [printed]", "hyperadapter": "-", "hyperpelt": "1.02x, 0.24 % per task [reconstructed]"}
