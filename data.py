@@ -8,6 +8,7 @@ Formats: T5's own (Raffel et al. 2020, appendix D), since public T5 checkpoints 
 """
 import argparse
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +42,7 @@ class Task:
     fields: dict    # name in the source text -> column of the file, in T5's (alphabetical) order
     column: object  # of the label
     labels: dict    # label in the file -> label word, the positive class second; empty: a score from 0 to 5
-    metrics: tuple
+    metrics: tuple  # names of functions below
     rows: tuple     # of the official train and validation files
     url: str = ""
     files: dict = field(default_factory=lambda: dict(train="train.tsv", validation="dev.tsv", submission="test.tsv"))
@@ -136,10 +138,8 @@ def read_examples(task, path, labelled=True):
     index = names.index("index") if header and "index" in names else None
     examples = []
     for count, (number, cells) in enumerate(rows):
-        parts = [task.name]
-        for name, i in zip(task.fields, where):
-            parts[-1] = f"{parts[-1]} {name}:" if len(parts) == 1 else f"{name}:"
-            parts += [cells[i].strip(), ""]
+        parts = [part for name, i in zip(task.fields, where) for part in (f"{name}:", cells[i].strip())]
+        parts[0] = f"{task.name} {parts[0]}"
         gold, target = None, ""
         if labelled:
             gold = cells[where[-1]].strip()
@@ -150,7 +150,7 @@ def read_examples(task, path, labelled=True):
                 if not 0 <= gold <= 5:
                     raise UserError(f"{path}: line {number}: found score {cells[where[-1]]!r}, expected a number from 0 to 5")
             target = task.labels[gold] if task.labels else stsb_target(gold)
-        examples.append(Example(parts[:-1], target, gold, cells[index] if index is not None else str(count)))
+        examples.append(Example(parts, target, gold, cells[index] if index is not None else str(count)))
     return examples
 
 
@@ -207,6 +207,9 @@ def make_splits(task, data_dir, scheme="paper"):
     scheme "official": train and validation as the files are; no test, whose labels are not public.
     """
     splits = {name: read_split(task, data_dir, name) for name in task.files if not name.startswith("submission")}
+    if len(splits["train"]) < 2 or len(splits["validation"]) < 2:
+        raise UserError(f"{find_folder(task, data_dir)}: found {len(splits['train'])} training and {len(splits['validation'])}"
+                        " validation rows, expected at least 2 of each")
     if scheme == "official":
         return splits
     held_out = "validation" if len(splits["train"]) < 10_000 else "train"
@@ -228,8 +231,9 @@ def encode_source(parts, encode, max_length):
         return ids
     pieces = [encode(part)[:-1] for part in parts]
     for _ in range(sum(map(len, pieces)) + 1 - max_length):
-        longest = max(pieces[1::2] if any(pieces[1::2]) else pieces, key=len)  # odd parts are fields, even ones their names
-        longest and longest.pop()
+        longest = max(pieces[1::2], key=len)                      # odd parts are fields, even ones their names
+        if longest:
+            longest.pop()
     return sum(pieces, []) + ids[-1:]
 
 
@@ -338,14 +342,18 @@ def write_whole(path, content):
     os.replace(aside, path)
 
 
-def read_json(path):
-    """JSON file -> value. Raises UserError where it is missing, not UTF-8 or not JSON."""
+def read_json(path, *parts):
+    """JSON file -> dict. Raises UserError where it is missing, no JSON object, or one of its named parts is no object."""
     try:
-        return json.loads(Path(path).read_bytes())
+        found = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+    for name, part in (("the file", found), *((name, isinstance(found, dict) and found.get(name)) for name in parts)):
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: {name} holds {str(part)[:40]}, expected a JSON object")
+    return found
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -393,8 +401,8 @@ def download(url, path, optional=False, tries=5):
             if error.code == 416:                                 # what lies there is longer than the file: begin again
                 part.unlink(missing_ok=True)
             problem, final = f"the server answers {error.code} {error.reason}", 400 <= error.code < 500 and error.code not in (408, 416, 429)
-        except (OSError, ValueError, urllib.error.URLError) as error:
-            problem, final = str(getattr(error, "reason", error)), isinstance(error, ValueError)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            problem, final = str(getattr(error, "reason", error)), isinstance(error, (ValueError, http.client.InvalidURL))
         else:
             announced = headers.get("x-linked-etag") or headers.get("etag") or ""
             wrong = check(part, announced.removeprefix("W/").strip('"').lower(), size and int(size))
@@ -406,7 +414,7 @@ def download(url, path, optional=False, tries=5):
         if final:
             break
         if attempt < tries - 1:
-            time.sleep(min(2 ** attempt, 8) * float(os.environ.get("HYPERPELT_RETRY_SECONDS", 1)))
+            time.sleep(2 ** attempt)
     raise UserError(f"{url}: {problem}; try again later, or fetch it by hand and put it at {path}")
 
 
@@ -439,18 +447,20 @@ def unpack(archive, folder):
             for member in members:
                 if Path(member.filename).parent.name == folder.name and member.filename.endswith(".tsv"):
                     write_whole(folder / Path(member.filename).name, file.read(member))  # the zip's CRC is checked here
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{archive}: not a whole zip file ({error})") from None
 
 
 def download_task(task, data_dir):
-    """Fetch the official files of a task into data_dir/FOLDER, where they are not there yet, and count their rows."""
+    """Fetch those official files of a task that are not there yet into data_dir/FOLDER, and count their rows."""
     folder = Path(data_dir) / task.folder
-    if any(path.exists() for path in (folder, Path(data_dir) / "glue" / task.folder)):
-        return
+    wanted = list(task.files.values())
+    for place in (folder, Path(data_dir) / "glue" / task.folder):
+        if all((place / name).exists() for name in wanted) or task.name == "mrpc" and all((place / name).exists() for name in MRPC_FILES):
+            return
     if task.name == "mrpc":
         for name, url in MRPC_FILES.items():
-            download(url, folder / name)
+            (folder / name).exists() or download(url, folder / name)
     else:
         archive = Path(data_dir) / Path(task.url).name
         download(task.url, archive)
@@ -466,8 +476,15 @@ def find_task(name):
     return TASKS[name]
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is a user's mistake like any other: one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}")
     parser.add_argument("--data-dir", required=True, help="folder with RTE/train.tsv or glue/RTE/train.tsv")
     parser.add_argument("--split", default="paper", choices=["paper", "official"], help="which splits (default: paper)")
@@ -482,14 +499,21 @@ def main():
         print(f"\n{example.source}\n  -> {example.target}")
 
 
+def leave(message, code):
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
 def run(main):
     """Call a program's main; a user's mistake or a failing disk ends in one line on stderr and exit code 2."""
     try:
         main()
     except (UserError, OSError) as error:
-        sys.exit(print(f"error: {' '.join(str(error).split())}", file=sys.stderr) or 2)
+        leave(f"error: {' '.join(str(error).split())}", 2)
+    except torch.OutOfMemoryError:
+        leave("error: the GPU's memory is used up; a smaller --batch-size or --max-source-length needs less", 2)
     except KeyboardInterrupt:
-        sys.exit(print("stopped", file=sys.stderr) or 130)
+        leave("stopped", 130)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ made at once, in a few batched products, then handed to the two seams of t5.py. 
 Shapes: B batch, S source (or target) length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
 E hyper-embedding width d_I, Z input embedding width d_t.
 """
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError, run
+from data import Parser, UserError, run
 from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, RMSNorm, T5Config
 
 BLOCK_TYPES = [ENCODER_SELF, ENCODER_FFN, DECODER_SELF, DECODER_CROSS, DECODER_FFN]  # b_j's index [D: five]
@@ -91,8 +90,9 @@ class PrefixHypernetwork(nn.Module):
 
     def forward(self, hyper):                                               # I [sites, N, E]
         keys = self.key(hyper)                                              # eq. (2): P_k  [sites, N, H*K]
-        values = self.value(hyper)                                          # eq. (2): P_v  [sites, N, H*K]
-        return (p.reshape(-1, *self.shape).transpose(1, 2) for p in (keys, values))     # in heads [sites, H, N, K]
+        values = self.value(hyper)                                          # eq. (2): P_v; vector form: [sites, 1, N*H*K]
+        keys, values = (p.reshape(-1, *self.shape) for p in (keys, values))             # in heads [sites, N, H, K]
+        return keys.transpose(1, 2), values.transpose(1, 2)                             # [sites, H, N, K]
 
 
 class AdapterHypernetwork(nn.Module):
@@ -198,7 +198,7 @@ class HyperPELT(nn.Module):
         """name -> parameter, of all that is trained."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def sites(self, task):
+    def generate_sites(self, task):
         """Generate the weights of all sites for one task: once per training step, once per evaluation.
 
         task: a name -> {(block type, layer): Prefix or Adapter}, in the dtype of the backbone, for T5's `sites`.
@@ -208,16 +208,21 @@ class HyperPELT(nn.Module):
         hyper = self.hyper_embedding(self.tasks.index(task), self.layer_ids, self.block_ids)        # [sites, N, E]
         for_prefixes, for_adapters = hyper.split([len(self.prefix_sites), len(self.adapter_sites)])
 
-        def hand_out(injection, sites, tensors):                            # tensors: a few, [sites, ...] each
-            return {site: injection(*own) for site, *own in zip(sites, *(t.to(self.t5.dtype).unbind() for t in tensors))}
+        def by_site(tensors):                                               # several [sites, ...] -> for each site its own parts
+            return zip(*(t.to(self.t5.dtype).unbind() for t in tensors))
 
-        prefixes = hand_out(Prefix, self.prefix_sites, self.prefix_hypernetwork(for_prefixes)) if self.has_prefix else {}
-        adapters = hand_out(Adapter, self.adapter_sites, self.adapter_hypernetwork(for_adapters)) if self.has_adapter else {}
-        return prefixes | adapters
+        injected = {}
+        if self.has_prefix:
+            for site, (keys, values) in zip(self.prefix_sites, by_site(self.prefix_hypernetwork(for_prefixes))):
+                injected[site] = Prefix(keys, values)
+        if self.has_adapter:
+            for site, tensors in zip(self.adapter_sites, by_site(self.adapter_hypernetwork(for_adapters))):
+                injected[site] = Adapter(*tensors)
+        return injected
 
     def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0):
         """A batch of one task -> logits [B, T, V], loss."""
-        return self.t5(input_ids, attention_mask, labels, self.sites(task), label_smoothing)
+        return self.t5(input_ids, attention_mask, labels, self.generate_sites(task), label_smoothing)
 
 
 # -------------------------------------------------------------------------- what is trained (section 1.6, appendix B)
@@ -232,7 +237,7 @@ def deployed(model):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print what HyperPELT trains on a T5: shapes and counts. Needs no weights.")
+    parser = Parser(description="Print what HyperPELT trains on a T5: shapes and counts. Needs no weights.")
     parser.add_argument("--model", default="t5-base", help="a public name, or a folder with config.json (default: t5-base)")
     parser.add_argument("--tasks", type=int, default=8, help="number of tasks (default: 8, the paper's)")
     args = parser.parse_args()

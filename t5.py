@@ -61,20 +61,22 @@ class T5Config:
     def from_file(cls, path):
         """Read a checkpoint's config.json; keys that the model has no use for are ignored. Raises UserError."""
         found = read_json(path)
-        found = found if isinstance(found, dict) else {"model_type": type(found).__name__}
-        if found.get("model_type", "t5") != "t5":
-            raise UserError(f"{path}: model_type: found {found['model_type']!r}, expected 't5'")
-        found = {"num_decoder_layers": found.get("num_layers"), **found}
+        found = {"num_decoder_layers": found.get("num_layers"), "model_type": "t5", **found}
+        values = {field.name: found.get(field.name, field.default) for field in fields(cls)}
         for field in fields(cls):
-            value = found.setdefault(field.name, field.default)
+            value = values[field.name]
             if type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise UserError(f"{path}: {field.name}: found {value!r}, expected {field.type.__name__}")
-            if field.type is int and not field.name.endswith("_id") and not 0 < value < 10**7:
-                raise UserError(f"{path}: {field.name}: found {value}, expected a size above 0")
-        config = cls(**{field.name: found[field.name] for field in fields(cls)})
-        if config.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise UserError(f"{path}: feed_forward_proj: found {config.feed_forward_proj!r}, expected 'relu' or 'gated-gelu'")
-        return config
+                shown = repr(value) if field.name in found else "nothing"
+                raise UserError(f"{path}: {field.name}: found {shown}, expected {field.type.__name__}")
+        allowed = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"], "pad_token_id": [0], "eos_token_id": [1]}
+        for name, choices in allowed.items():
+            if values.get(name, found["model_type"]) not in choices:
+                raise UserError(f"{path}: {name}: found {values.get(name, found['model_type'])!r}, expected {' or '.join(map(repr, choices))}")
+        for name, low, high in [("dropout_rate", 0, 0.99), ("layer_norm_epsilon", 0, 1), ("relative_attention_num_buckets", 4, 10**6),
+                                *((field.name, 1, 10**7) for field in fields(cls) if field.name in ("vocab_size", *list(values)[:6]))]:
+            if not low <= values[name] <= high:
+                raise UserError(f"{path}: {name}: found {values[name]}, expected {low} to {high}")
+        return cls(**values)
 
     @classmethod
     def from_name(cls, name):
@@ -434,6 +436,7 @@ RENAMED = [("blocks.", "block."), ("self_norm", "layer.0.layer_norm"), ("self_at
            ("cross_norm", "layer.1.layer_norm"), ("cross_attention", "layer.1.EncDecAttention"),
            ("relative_bias", "block.0.layer.0.SelfAttention.relative_attention_bias")]
 COPIES = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]   # of shared.weight, in some files
+INDEX = "model.safetensors.index.json"
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"            # a relic of old conversions
 
 
@@ -447,13 +450,8 @@ def public_name(name):
 
 def read_tensors(folder, shapes):
     """Yield (public name, tensor) of all safetensors files of a folder; refuse a name or a shape that is not in `shapes`."""
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if not files[0].exists() and index.exists():
-        weight_map = read_json(index).get("weight_map") or {}
-        if not weight_map or any(Path(str(file)).name != file for file in weight_map.values()):
-            raise UserError(f"{index}: found no usable weight_map, expected tensor names -> files of this folder")
-        files = [folder / file for file in sorted(set(weight_map.values()))]
-    for path in files:
+    whole, index = folder / "model.safetensors", folder / INDEX
+    for path in [whole] if whole.exists() or not index.exists() else [folder / file for file in shard_names(index)]:
         if not path.is_file():
             raise UserError(f"{path}: no such file, expected the model's weights as safetensors")
         try:
@@ -470,6 +468,14 @@ def read_tensors(folder, shapes):
                     yield name, file.get_tensor(aliases.get(name, name))
         except SafetensorError as error:
             raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def shard_names(index):
+    """model.safetensors.index.json -> names of the files that hold the tensors, all in the same folder."""
+    files = set(read_json(index, "weight_map")["weight_map"].values())
+    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise UserError(f"{index}: weight_map: found {str(files)[:80]}, expected tensor names -> files of this folder")
+    return sorted(files)
 
 
 def find_checkpoint(name_or_folder):
@@ -489,11 +495,12 @@ def find_checkpoint(name_or_folder):
     def fetch(file, optional=False):
         return (cache / file).is_file() or download(base + file, cache / file, optional)
 
-    fetch("config.json"), fetch("spiece.model")
-    if not fetch("model.safetensors", optional=True):
-        fetch("model.safetensors.index.json")
-        for file in sorted(set(read_json(cache / "model.safetensors.index.json").get("weight_map", {}).values())):
-            if Path(file).name != file:
-                raise UserError(f"{base}model.safetensors.index.json: names a file outside its folder: {file}")
+    if not fetch("config.json", optional=True):
+        raise UserError(f"model {name!r}: no such folder, and no such repository with a config.json at {base}")
+    fetch("spiece.model")
+    if (cache / INDEX).is_file() or not fetch("model.safetensors", optional=True):
+        if not fetch(INDEX, optional=True):
+            raise UserError(f"{base}: found neither model.safetensors nor {INDEX}; older formats of weights are not read")
+        for file in shard_names(cache / INDEX):
             fetch(file)
     return cache

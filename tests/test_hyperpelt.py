@@ -137,7 +137,7 @@ def test_vector_form_and_norm(tmp_path):
     """per_position False: one hyper-embedding per site, whose heads emit all N rows; hyper_norm: layer norm on I."""
     model = make(tmp_path, per_position=False, hyper_norm=True)
     p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    site = model.sites("stsb")[DECODER_CROSS, 1]
+    site = model.generate_sites("stsb")[DECODER_CROSS, 1]
     hyper = numpy_hyper_embedding(p, 1, 3 + 1, BLOCK_TYPES.index(DECODER_CROSS))
     assert hyper.shape == (1, SMALL["hyper_dim"])
     hyper = (hyper - hyper.mean()) / np.sqrt(hyper.var() + 1e-5) * p["hyper_embedding.norm.weight"] + p["hyper_embedding.norm.bias"]
@@ -176,7 +176,7 @@ def test_cached_decoding_equals_uncached(kind, tmp_path):
     model = make(tmp_path, kind)
     ids, mask, _ = inputs(vocabulary=64)
     with torch.no_grad():
-        sites = model.sites("rte")
+        sites = model.generate_sites("rte")
         found = model.t5.generate(ids, mask, max_new_tokens=9, sites=sites)
         memory, sequence = model.t5.encode(ids, mask, sites), torch.zeros(len(ids), 1, dtype=torch.long)
         done = torch.zeros(len(ids), dtype=torch.bool)
@@ -219,7 +219,7 @@ def test_weights_are_generated_once(tmp_path, monkeypatch):
         network.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
     model(*inputs(), "rte")
     assert sorted(calls) == ["AdapterHypernetwork", "PrefixHypernetwork"]
-    sites = model.sites("rte")
+    sites = model.generate_sites("rte")
     calls.clear()
     model.t5.generate(inputs()[0], max_new_tokens=4, sites=sites)
     assert calls == []

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import data
 import t5
 from conftest import make_checkpoint
 from data import UserError, download
@@ -181,11 +182,13 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path):
         path.write_bytes(broken)
         refused(str(path), "safetensors")
     path.write_bytes(whole)
-    for key, value in (("d_model", 0), ("d_model", "32"), ("num_heads", True), ("d_kv", None), ("feed_forward_proj", "gelu"), ("model_type", "bert")):
+    for key, value in (("d_model", 0), ("d_model", "32"), ("num_heads", True), ("d_kv", None), ("feed_forward_proj", "gelu"), ("model_type", "bert"),
+                       ("dropout_rate", 1.0), ("relative_attention_num_buckets", 1), ("eos_token_id", 2)):
         config.write_text(json.dumps(settings | {key: value}))
-        refused(str(config), key if key != "model_type" else "bert")
-    config.write_text("{")
-    refused(str(config), "JSON")
+        refused(str(config), key, repr(value))
+    for text, word in (("{", "not JSON"), ("[]", "expected a JSON object"), ("{}", "d_model: found nothing, expected int")):
+        config.write_text(text)
+        refused(str(config), word)
     config.unlink()
     refused(str(config), "no such file")
 
@@ -278,7 +281,7 @@ def hub(tmp_path, monkeypatch, vocabulary):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HYPERPELT_RETRY_SECONDS", "0")
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     yield tmp_path
     server.shutdown()
 
@@ -311,7 +314,7 @@ def test_download_that_cannot_be_trusted(hub):
     with pytest.raises(UserError, match="example.com, which is not trusted"):
         T5.from_pretrained("org/tiny")
     assert not place.exists()
-    with pytest.raises(UserError, match="404"):
+    with pytest.raises(UserError, match="no such folder, and no such repository"):
         T5.from_pretrained("org/missing")
 
 
@@ -325,5 +328,17 @@ def test_download_of_shards(hub):
         {"weight_map": {k: "a.safetensors" if k < "encoder" else "b.safetensors" for k in tensors}}).encode()
     found = T5.from_pretrained("org/tiny").state_dict()
     assert torch.equal(found["shared.weight"], tensors["shared.weight"])
-    with pytest.raises(UserError, match="no network|refused|try again"):
+    asked = len(Hub.log)
+    T5.from_pretrained("org/tiny")
+    assert len(Hub.log) == asked                                 # a cached model, sharded or not, needs no network
+    (hub / "cache/hyperpelt/org--tiny/model.safetensors.index.json").unlink()
+    del Hub.files["model.safetensors.index.json"]
+    with pytest.raises(UserError, match="found neither model.safetensors nor"):
+        T5.from_pretrained("org/tiny")
+
+
+def test_no_network(hub):
+    with pytest.raises(UserError, match="refused; try again later, or fetch it by hand and put it at .*nothing"):
         download("http://127.0.0.1:9/nothing", hub / "nothing", tries=2)
+    with pytest.raises(UserError, match="nonnumeric port"):
+        download("http://127.0.0.1:abc/nothing", hub / "nothing")
