@@ -61,21 +61,23 @@ class T5Config:
     def from_file(cls, path):
         """Read a checkpoint's config.json; keys that the model has no use for are ignored. Raises UserError."""
         found = read_json(path)
-        found = {"num_decoder_layers": found.get("num_layers"), "model_type": "t5", **found}
-        values = {field.name: found.get(field.name, field.default) for field in fields(cls)}
+        if found.get("model_type", "t5") != "t5":
+            raise UserError(f"{path}: model_type: found {found['model_type']!r}, expected 't5'")
+        values = {"num_decoder_layers": found.get("num_layers"), **found}
+        values = {field.name: values.get(field.name, field.default) for field in fields(cls)}
+        special = {"dropout_rate": (0, 0.99), "layer_norm_epsilon": (0, 1), "relative_attention_num_buckets": (4, 10**6),
+                   "pad_token_id": (0, 0), "eos_token_id": (1, 1)}
         for field in fields(cls):
-            value = values[field.name]
-            if type(value) is not field.type and not (field.type is float and type(value) is int):
+            value, (low, high) = values[field.name], special.get(field.name, (1, 10**7))
+            if field.type in (int, float):
+                good, expected = type(value) in (int, field.type) and low <= value <= high, f"{field.type.__name__} from {low} to {high}"
+            elif field.type is bool:
+                good, expected = type(value) is bool, "true or false"
+            else:
+                good, expected = value in ("relu", "gated-gelu"), "relu or gated-gelu"
+            if not good:
                 shown = repr(value) if field.name in found else "nothing"
-                raise UserError(f"{path}: {field.name}: found {shown}, expected {field.type.__name__}")
-        allowed = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"], "pad_token_id": [0], "eos_token_id": [1]}
-        for name, choices in allowed.items():
-            if values.get(name, found["model_type"]) not in choices:
-                raise UserError(f"{path}: {name}: found {values.get(name, found['model_type'])!r}, expected {' or '.join(map(repr, choices))}")
-        for name, low, high in [("dropout_rate", 0, 0.99), ("layer_norm_epsilon", 0, 1), ("relative_attention_num_buckets", 4, 10**6),
-                                *((field.name, 1, 10**7) for field in fields(cls) if field.name in ("vocab_size", *list(values)[:6]))]:
-            if not low <= values[name] <= high:
-                raise UserError(f"{path}: {name}: found {values[name]}, expected {low} to {high}")
+                raise UserError(f"{path}: {field.name}: found {shown}, expected {expected}")
         return cls(**values)
 
     @classmethod

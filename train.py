@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 import data
@@ -45,13 +45,14 @@ EVAL_BATCH = 64
 
 # -------------------------------------------------------------------------------------------------------- settings
 
-def at_least(kind, low):
-    def number(text):
-        if kind(text) < low:
+def number(kind, low, high=10**9):
+    """-> a converter for argparse that takes low to high, and so no nan."""
+    def convert(text):
+        if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    number.__name__ = f"{kind.__name__} of at least {low}"
-    return number
+    convert.__name__ = f"{kind.__name__} from {low} to {high}"               # argparse puts it into its message
+    return convert
 
 
 OPTIONS = [  # name, type or choices, default, help
@@ -61,37 +62,32 @@ OPTIONS = [  # name, type or choices, default, help
     ("method", list(METHODS), "hyperpelt", "hyperprefix: no adapters; hyperadapter: no prefixes; norms: neither; full: fine-tune all"),
     ("out", str, "", "folder of the run (default: runs/TASK-METHOD)"),
     ("split", ["paper", "official"], "paper", "paper: validation halved, or 1,000 training rows held out; official: as the files are"),
-    ("steps", at_least(int, 1), 0, "training steps (default: what --epochs gives)"),
-    ("epochs", at_least(float, 0), 6.0, "passes over the training rows"),
-    ("batch-size", at_least(int, 1), 32, "rows of a step"),
-    ("lr", at_least(float, 0), 2e-3, "learning rate of AdamW, without weight decay"),
+    ("steps", number(int, 1), 0, "training steps (default: what --epochs gives)"),
+    ("epochs", number(float, 0.001), 6.0, "passes over the training rows"),
+    ("batch-size", number(int, 1), 32, "rows of a step"),
+    ("lr", number(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; the paper's: 1e-3, R]"),
     ("schedule", ["constant", "linear"], "constant", "after the warm-up: constant, or linear to 0"),
-    ("warmup-steps", at_least(int, 0), 10, "steps in which the learning rate rises from 0"),
-    ("label-smoothing", at_least(float, 0), 0.0, "share of the target's probability that is spread over the vocabulary"),
-    ("temperature", at_least(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T)"),
-    ("max-source-length", at_least(int, 8), 128, "tokens; the longest field of a longer text is cut"),
-    ("prefix-length", at_least(int, 1), SIZES.prefix_length, "N, rows of a generated prefix"),
-    ("bottleneck", at_least(int, 1), SIZES.bottleneck, "R, width of a generated adapter"),
-    ("embedding-dim", at_least(int, 1), SIZES.embedding_dim, "width of the task, layer and block embeddings"),
-    ("hyper-dim", at_least(int, 1), SIZES.hyper_dim, "width of a hyper-embedding"),
-    ("seed", at_least(int, 0), 0, "of initial weights, dropout and the order of the rows"),
+    ("warmup-steps", number(int, 0), 10, "steps in which the learning rate rises from 0"),
+    ("label-smoothing", number(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
+    ("temperature", number(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
+    ("max-source-length", number(int, 8), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
+    ("prefix-length", number(int, 1), SIZES.prefix_length, "N, rows of a generated prefix"),
+    ("bottleneck", number(int, 1), SIZES.bottleneck, "R, width of a generated adapter"),
+    ("embedding-dim", number(int, 1), SIZES.embedding_dim, "width of the task, layer and block embeddings"),
+    ("hyper-dim", number(int, 1), SIZES.hyper_dim, "width of a hyper-embedding"),
+    ("seed", number(int, 0, 2**31), 0, "of initial weights, dropout and the order of the rows"),
     ("precision", ["auto", "fp32", "bf16"], "auto", "bf16: frozen weights and activations in bfloat16; auto: where the machine is fast at it"),
-    ("eval-every", at_least(int, 1), 0, "steps between evaluations on validation (default: once an epoch)"),
+    ("eval-every", number(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
 ]
 FLAGS = [("download", "fetch the official data files if they are not there"), ("resume", "go on with the run in --out"),
          ("eval-only", "evaluate best.safetensors of the run in --out")]
-FREE = {"out", "data_dir", "model", "predict", "download", "resume", "eval_only"}  # may differ from the saved run's; the
-# backbone's and the data's contents are compared by fingerprint instead
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
+FREE = ("out", "data_dir", "model", "download", "resume", "eval_only", "predict")  # may differ from the saved run's settings:
+# the contents of backbone and data are compared instead
 
 
 def parse_settings():
     """Command line -> settings (Namespace). For a run that exists they are the saved ones; another value is refused."""
-    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser = data.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for name, kind, default, text in OPTIONS:
         kind = dict(choices=kind) if isinstance(kind, list) else dict(type=kind, metavar=name.upper())
         parser.add_argument(f"--{name}", **kind, help=text if "default:" in text else f"{text} (default: {default})")
@@ -100,11 +96,15 @@ def parse_settings():
     parser.add_argument("--predict", metavar="SPLIT", choices=["validation", "test", "submission"],
                         help="write the answers of best.safetensors on a split as a GLUE submission file")
     given = vars(parser.parse_args())
+    if given.get("precision", "auto") == "auto":
+        given.pop("precision", None)                                         # nothing that could differ from a saved run
     settings = {**{name.replace("-", "_"): default for name, _, default, _ in OPTIONS},
                 **dict(download=False, resume=False, eval_only=False, predict=""), **given}
     out = Path(settings["out"] or f"runs/{settings['task'].replace(',', '-')}-{settings['method']}")
     if settings["resume"] or settings["eval_only"] or settings["predict"]:
-        saved = data.read_json(out / "config.json").get("settings", {})
+        saved = data.read_json(out / "config.json", "settings")["settings"]
+        for name in (name for name in settings if name not in FREE and type(saved.get(name)) is not type(settings[name])):
+            raise UserError(f"{out}/config.json: settings: {name}: found {saved.get(name)!r}, expected {type(settings[name]).__name__}")
         differences = [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in given.items() if k not in FREE and saved.get(k) != v]
         if differences:
             raise UserError(f"{out}/config.json: the run has other settings: {'; '.join(differences)}")
@@ -113,7 +113,7 @@ def parse_settings():
         raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     settings["out"] = str(out)
     if settings["precision"] == "auto":
-        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported() or torch.cpu._is_avx512_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
         settings["precision"] = "bf16" if fast else "fp32"
     return argparse.Namespace(**settings)
 
@@ -121,7 +121,7 @@ def parse_settings():
 # ------------------------------------------------------------------------------------------------------------ data
 
 def load_tasks(settings, tokenizer):
-    """-> {task name: Task}, {name: {split: [Example]}}, {name: [(source ids, target ids)] of the training rows}."""
+    """-> {task name: Task}, {name: {split: [Example]}}, {name: {split: [(source ids, target ids)]}}; ids are made once."""
     names = data.GLUE if settings.task == "glue" else settings.task.split(",")
     tasks = {name: data.find_task(name) for name in names}
     splits, rows = {}, {}
@@ -129,13 +129,18 @@ def load_tasks(settings, tokenizer):
         if settings.download:
             data.download_task(task, settings.data_dir)
         splits[name] = data.make_splits(task, settings.data_dir, settings.split)
-        rows[name] = data.encode_examples(splits[name]["train"], tokenizer.encode, settings.max_source_length, MAX_TARGET_LENGTH)
+        rows[name] = {split: encode(examples, tokenizer, settings) for split, examples in splits[name].items()}
     return tasks, splits, rows
+
+
+def encode(examples, tokenizer, settings):
+    return data.encode_examples(examples, tokenizer.encode, settings.max_source_length, MAX_TARGET_LENGTH)
 
 
 def make_batches(rows, settings):
     """-> number of steps, and batch(step) -> task name, input ids [B, S], labels [B, T]. A function of seed and step
     alone, so that a resumed run sees what the uninterrupted one would have seen."""
+    rows = {name: by_split["train"] for name, by_split in rows.items()}
     names, size = list(rows), settings.batch_size
     per_epoch = {name: -(-len(rows[name]) // size) for name in names}
     steps = settings.steps or max(1, round(settings.epochs * sum(per_epoch.values())))
@@ -157,28 +162,28 @@ def make_batches(rows, settings):
 
 
 def fingerprint(t5, rows):
-    """Hashes of the backbone (config and the start of every tensor) and of the training data, to compare on --resume."""
+    """Hashes of the backbone (config and the start of every tensor) and of the data's ids, to compare on --resume."""
     backbone, texts = hashlib.sha256(repr(t5.config).encode()), hashlib.sha256()
     for tensor in t5.state_dict().values():
         backbone.update(tensor.flatten()[:256].float().numpy().tobytes())
-    for name, pairs in rows.items():
-        texts.update(b"".join([name.encode(), *(ids.tobytes() for pair in pairs for ids in pair)]))
-    return {"backbone": backbone.hexdigest()[:16], "training data": texts.hexdigest()[:16]}
+    for name, by_split in rows.items():
+        for split, pairs in by_split.items():
+            texts.update(b"".join([f"{name} {split}".encode(), *(ids.tobytes() for pair in pairs for ids in pair)]))
+    return {"backbone": backbone.hexdigest()[:16], "data": texts.hexdigest()[:16]}
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 
-def answer(model, tokenizer, task, examples, settings, stop):
-    """Greedy answers -> list of texts, or None when the user stops it. The generated weights are made once."""
+def answer(model, tokenizer, task, sources, stop):
+    """Source ids -> greedy answers as texts, or None when the user stops it. The generated weights are made once."""
     model.eval()
     device = next(model.parameters()).device
     # An answer that has not ended one token after the longest label word is none of them: longer ones are not asked for.
     words = list(task.labels.values()) or [data.stsb_target(i / 5) for i in range(26)]
     longest = max(len(tokenizer.encode(word)) for word in words)
-    sources = [data.encode_source(e.parts, tokenizer.encode, settings.max_source_length) for e in examples]
     order, texts = np.argsort([len(ids) for ids in sources], kind="stable"), [""] * len(sources)
     with torch.no_grad():
-        sites = model.sites(task.name)
+        sites = model.generate_sites(task.name)
         for start in tqdm(range(0, len(order), EVAL_BATCH), desc=f"evaluate {task.name}", leave=False, disable=None):
             if stop:
                 return None
@@ -189,12 +194,12 @@ def answer(model, tokenizer, task, examples, settings, stop):
     return texts
 
 
-def evaluate(model, tokenizer, tasks, splits, names, settings, stop):
+def evaluate(model, tokenizer, tasks, splits, rows, names, stop):
     """-> {task: {split: {metric: value}}} on the named splits, or None when the user stops it."""
     result = {}
     for task in tasks.values():
         for split in (name for name in splits[task.name] if name in names):
-            texts = answer(model, tokenizer, task, splits[task.name][split], settings, stop)
+            texts = answer(model, tokenizer, task, [source for source, _ in rows[task.name][split]], stop)
             if texts is None:
                 return None
             result.setdefault(task.name, {})[split] = data.score(task, texts, splits[task.name][split])
@@ -210,16 +215,12 @@ def show(result):
 
 def save_tensors(path, tensors, metadata):
     """safetensors, written aside and renamed: the previous file stays until the new one is whole."""
-    aside = f"{path}.tmp"
     # One key of metadata: with several, safetensors writes them in an order that differs from run to run.
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, {"hyperpelt": json.dumps(metadata)})
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    data.write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"hyperpelt": json.dumps(metadata)}))
 
 
-def load_tensors(path, expected):
-    """-> tensors, metadata. Raises UserError unless the file holds exactly the expected names and shapes."""
+def load_tensors(path, expected, keys):
+    """-> tensors, metadata. Raises UserError unless the file holds exactly the expected names, shapes, types and keys."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -228,11 +229,19 @@ def load_tensors(path, expected):
             for name, shape in shapes.items():
                 if shape != tuple(expected[name].shape):
                     raise UserError(f"{path}: tensor {name} has shape {shape}, expected {tuple(expected[name].shape)}")
-            return {name: file.get_tensor(name) for name in shapes}, json.loads((file.metadata() or {}).get("hyperpelt", "{}"))
+            tensors, metadata = {name: file.get_tensor(name) for name in shapes}, json.loads((file.metadata() or {})["hyperpelt"])
+            for name, tensor in tensors.items():
+                if tensor.dtype != expected[name].dtype:
+                    raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {expected[name].dtype}")
+            if not isinstance(metadata, dict) or any(type(metadata.get(key)) is not kind for key, kind in keys.items()):
+                raise ValueError
+            return tensors, metadata
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, expected a checkpoint of this run") from None
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: metadata: expected a key hyperpelt with {', '.join(keys)} as JSON") from None
 
 
 def training_state(model, optimiser):
@@ -257,27 +266,43 @@ def save_last(path, model, optimiser, progress):
 def load_last(path, model, optimiser):
     """-> progress, as it was saved; everything else goes back to where it was."""
     tensors = training_state(model, optimiser)
-    found, metadata = load_tensors(path, tensors)
-    if set(metadata) != {"step", "evaluated", "best_step", "best"}:
-        raise UserError(f"{path}: metadata: found {', '.join(metadata) or 'nothing'}, expected step, evaluated, best_step and best")
+    found, progress = load_tensors(path, tensors, dict(step=int, evaluated=int, best_step=int, best=float))
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
     for state in optimiser.state.values():
-        state["step"].fill_(metadata["step"])
-    torch.set_rng_state(found["generator.cpu"])
-    if "generator.cuda" in found:
-        torch.cuda.set_rng_state(found["generator.cuda"])
-    return metadata
+        state["step"].fill_(progress["step"])
+    try:
+        torch.set_rng_state(found["generator.cpu"])
+        if "generator.cuda" in found:
+            torch.cuda.set_rng_state(found["generator.cuda"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: tensor generator: {error}") from None
+    return progress
 
 
 @torch.no_grad()
 def load_best(path, model):
-    found, _ = load_tensors(path, model.trained())
+    """-> the step at which it was saved."""
+    found, metadata = load_tensors(path, model.trained(), dict(step=int))
     for name, parameter in model.trained().items():
         parameter.copy_(found[name])
+    return metadata["step"]
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
+
+def read_log(path, last_step):
+    """-> the lines of log.jsonl up to a step; a crash may have left a torn line at the end."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] > last_step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    return kept
+
 
 def learning_rate(step, steps, settings):
     if step < settings.warmup_steps:
@@ -306,17 +331,17 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
     log_path = out / "log.jsonl"
     if settings.resume:
         progress = load_last(out / "last.safetensors", model, optimiser)
-        lines = log_path.read_text().splitlines() if log_path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= progress["step"]]
-        data.write_whole(log_path, "".join(line + "\n" for line in kept).encode())
+        data.write_whole(log_path, "".join(line + "\n" for line in read_log(log_path, progress["step"])).encode())
         print(f"resumed at step {progress['step']} of {steps}")
+    else:
+        save_last(out / "last.safetensors", model, optimiser, progress)      # from here on there is something to resume
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
     log = open(log_path, "a", buffering=1)
-    losses, examples, since = [], 0, time.perf_counter()
+    examples, since = 0, time.perf_counter()
     while True:
         step = progress["step"]
         if step > progress["evaluated"] and (step % eval_every == 0 or step == steps):
-            result = evaluate(model, tokenizer, tasks, splits, ["validation"], settings, stop)
+            result = evaluate(model, tokenizer, tasks, splits, rows, ["validation"], stop)
             if result is not None:
                 mean = float(np.mean([np.mean(list(by_split["validation"].values())) for by_split in result.values()]))
                 if mean > progress["best"]:
@@ -326,11 +351,11 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
                 log.write(json.dumps(dict(step=step, validation=result, mean=mean)) + "\n")
                 tqdm.write(f"step {step} of {steps}   {show(result)}")
                 save_last(out / "last.safetensors", model, optimiser, progress)
-            since = time.perf_counter()
+            examples, since = 0, time.perf_counter()
         if stop:
             save_last(out / "last.safetensors", model, optimiser, progress)
             bar.close()
-            sys.exit(print(f"stopped at step {step}; go on with: python train.py --out {out} --resume", file=sys.stderr) or 128 + stop[0])
+            data.leave(f"stopped at step {step}; go on with: python train.py --out {out} --resume", 128 + stop[0])
         if step == steps:
             break
         model.train()
@@ -343,21 +368,20 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
         norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         if not torch.isfinite(norm):
             raise UserError(f"step {step + 1}, task {name}: loss {loss.item()}, gradient norm {norm.item()}: the run diverged; "
-                            f"the last good checkpoint is in {out}; a lower --lr or a longer --warmup-steps may help")
+                            f"the last good checkpoint stays in {out}; start again in another --out with a lower --lr or a longer warm-up")
         optimiser.step()
         optimiser.zero_grad()
         progress["step"] += 1
         bar.update()
-        losses, examples = losses + [loss.item()], examples + len(input_ids)
+        examples += len(input_ids)
         if progress["step"] % LOG_EVERY == 0:
             rate = examples / (time.perf_counter() - since)
-            row = dict(step=progress["step"], task=name, loss=round(float(np.mean(losses)), 5), lr=optimiser.param_groups[0]["lr"],
+            row = dict(step=progress["step"], task=name, loss=round(loss.item(), 5), lr=optimiser.param_groups[0]["lr"],
                        examples_per_s=round(rate, 1), peak_memory_mb=peak_memory_mb())
             log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:.0f} examples/s, {row['peak_memory_mb']} MB, best {max(progress['best'], 0):.3f}")
-            losses, examples, since = [], 0, time.perf_counter()
+            examples, since = 0, time.perf_counter()
     bar.close()
-    return progress
 
 
 def main():
@@ -368,27 +392,27 @@ def main():
         if stop:                                                             # asked twice: at once
             raise KeyboardInterrupt
         stop.append(number)
-        tqdm.write("stopping after this step", file=sys.stderr)
 
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_pretrained(settings.model)
     tasks, splits, rows = load_tasks(settings, tokenizer)
     t5 = T5.from_pretrained(settings.model)
-    marks = fingerprint(t5, rows)
+    if tokenizer.first_sentinel >= t5.config.vocab_size:
+        raise UserError(f"{settings.model}: spiece.model and sentinels give {tokenizer.first_sentinel + 1} ids, config.json says vocab_size {t5.config.vocab_size}")
+    marks = {**fingerprint(t5, rows), "device": device.type}
     sizes = {f.name: getattr(settings, f.name) for f in dataclasses.fields(HyperPELTConfig) if hasattr(settings, f.name)}
     model = HyperPELT(t5, list(tasks), HyperPELTConfig(**sizes), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     model.to(device)
     count = sum(parameter.numel() for parameter in model.trained().values())
-    existing = settings.resume or settings.eval_only or settings.predict
-    if existing:
-        saved = data.read_json(out / "config.json").get("fingerprints", {})
+    if settings.resume or settings.eval_only or settings.predict:
+        saved = data.read_json(out / "config.json", "fingerprints")["fingerprints"]
         for what in marks:
-            if saved.get(what) != marks[what]:
+            if saved.get(what) != marks[what] and (what != "device" or settings.resume):
                 raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved.get(what)}")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        record = dict(settings={k: v for k, v in vars(settings).items() if k not in ("resume", "eval_only", "predict", "download")},
+        record = dict(settings={k: v for k, v in vars(settings).items() if k not in FREE[3:]},
                       fingerprints=marks, trained_parameters=count, hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
         data.write_whole(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
     print(f"{settings.method} on {settings.model}, {settings.precision}, {device.type}: {count:,} trained parameters; "
@@ -399,13 +423,12 @@ def main():
         return predict(model, tokenizer, tasks, splits, settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    best_step = data.read_json(out / "metrics.json")["best_step"] if settings.eval_only and (out / "metrics.json").exists() else None
     if not settings.eval_only:
-        best_step = train(model, tokenizer, tasks, splits, rows, settings, stop)["best_step"]
-    load_best(out / "best.safetensors", model)
-    result = evaluate(model, tokenizer, tasks, splits, ["validation", "test", "mismatched"], settings, stop)
+        train(model, tokenizer, tasks, splits, rows, settings, stop)
+    best_step = load_best(out / "best.safetensors", model)
+    result = evaluate(model, tokenizer, tasks, splits, rows, ["validation", "test", "mismatched"], stop)
     if result is None:
-        sys.exit(print(f"stopped; evaluate with: python train.py --out {out} --eval-only", file=sys.stderr) or 128 + stop[0])
+        data.leave(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
     data.write_whole(out / "metrics.json", json.dumps(dict(best_step=best_step, **result), indent=1).encode() + b"\n")
     print(f"best step {best_step}:   {show(result)}\nsaved in {out}")
 
@@ -422,7 +445,7 @@ def predict(model, tokenizer, tasks, splits, settings):
                 files = {"submission": "MNLI-m.tsv", "submission_mismatched": "MNLI-mm.tsv"}
         for split, file in files.items():
             examples = splits[task.name].get(split) or data.read_split(task, settings.data_dir, split)
-            texts = answer(model, tokenizer, task, examples, settings, [])
+            texts = answer(model, tokenizer, task, [source for source, _ in encode(examples, tokenizer, settings)], [])
             path = Path(settings.out) / file
             unknown = data.write_submission(path, task, texts, examples)
             print(f"{path}: {len(examples):,} predictions" + (f"; {unknown} answers were no label" if unknown else ""))

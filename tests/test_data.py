@@ -192,6 +192,7 @@ def test_wrong_rows(content, words, tmp_path):
 
 
 def test_other_mistakes(tmp_path):
+    assert "--task" in run("data.py", "--data-dir", tmp_path, ok=False)[1]
     assert "no such folder" in run("data.py", "--task", "rte", "--data-dir", tmp_path, ok=False)[1]
     assert "'rtf' is unknown" in run("data.py", "--task", "rtf", "--data-dir", tmp_path, ok=False)[1]
     write(tmp_path / "RTE", "train.tsv", HEADER, "0\ta\tb\tentailment")
@@ -236,9 +237,18 @@ def test_unpack(tmp_path):
 def test_download_task(tmp_path, monkeypatch, capsys):
     """The archive is fetched, unpacked, counted and removed; files that are there already are left alone."""
     lines = "\n".join([HEADER, "0\ta\tb\tentailment", "1\ta\tb\tnot_entailment"])
-    monkeypatch.setattr(data, "download", lambda url, path: path.write_bytes(make_zip(**{"RTE/train.tsv": lines, "RTE/dev.tsv": lines})))
+    monkeypatch.setattr(data, "download", lambda url, path: path.write_bytes(make_zip(**{"RTE/train.tsv": lines, "RTE/dev.tsv": lines, "RTE/test.tsv": lines})))
     data.download_task(TASKS["rte"], tmp_path)
     assert "2 training and 2 validation rows (official: 2490 and 277)" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dev.tsv", "train.tsv"]
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dev.tsv", "test.tsv", "train.tsv"]
     monkeypatch.setattr(data, "download", lambda *args: 1 / 0)
     data.download_task(TASKS["rte"], tmp_path)
+    fetched = []
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    contents = {"msr_paraphrase_train.txt": "\n".join([header, *(f"1\t{i}\t{i}\ta\tb" for i in range(5))]), "mrpc_dev_ids.tsv": "1\t1\n2\t2"}
+    monkeypatch.setattr(data, "download", lambda url, path: fetched.append(path.name) or path.write_text(contents.get(path.name, "x")))
+    (tmp_path / "MRPC").mkdir()
+    (tmp_path / "MRPC" / "msr_paraphrase_test.txt").write_text("x")      # an earlier download stopped here
+    data.download_task(TASKS["mrpc"], tmp_path)
+    assert sorted(fetched) == ["mrpc_dev_ids.tsv", "msr_paraphrase_train.txt"]
+    assert "3 training and 2 validation rows" in capsys.readouterr().out

@@ -186,7 +186,7 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path):
                        ("dropout_rate", 1.0), ("relative_attention_num_buckets", 1), ("eos_token_id", 2)):
         config.write_text(json.dumps(settings | {key: value}))
         refused(str(config), key, repr(value))
-    for text, word in (("{", "not JSON"), ("[]", "expected a JSON object"), ("{}", "d_model: found nothing, expected int")):
+    for text, word in (("{", "not JSON"), ("[]", "expected a JSON object"), ("{}", "d_model: found nothing, expected int from 1")):
         config.write_text(text)
         refused(str(config), word)
     config.unlink()
