@@ -205,15 +205,19 @@ def test_damaged_checkpoints(finished, tmp_path):
     assert "last.safetensors: no such file" in run("train.py", "--out", out, "--resume", ok=False)[1]
 
 
-def test_wrong_command_lines(checkpoint, glue, tmp_path):
+def test_wrong_command_lines(checkpoint, glue, tmp_path, monkeypatch):
     base = command(checkpoint, glue, tmp_path / "run")
-    for more, word in ((["--task", "rtf"], "'rtf' is unknown"), (["--model", "t5-bse"], "'t5-bse' is neither"), (["--method", "lora"], "lora"),
-                       (["--steps", "-1"], "int from 1 to"), (["--lr", "x"], "--lr"), (["--epochs", "0"], "--epochs"), (["--temperature", "nan"], "--temperature"), (["--seed", 2**70], "--seed"), (["--data-dir", tmp_path], "no such folder"),
-                       (["--nonsense"], "--nonsense"), (["--predict", "test"], "config.json: no such file")):
+    for more, word in ((["--method", "lora"], "lora"), (["--steps", "-1"], "int from 1 to"), (["--lr", "x"], "--lr"), (["--nonsense"], "--nonsense"),
+                       (["--epochs", "0"], "--epochs"), (["--temperature", "nan"], "--temperature"), (["--seed", 2**70], "--seed"),
+                       (["--predict", "test"], "config.json: no such file"), (["--resume"], "config.json: no such file")):
+        monkeypatch.setattr(sys, "argv", [*map(str, base + more)])
+        with pytest.raises(data.UserError, match=word):
+            train_module.parse_settings()
+    for more, word in ((["--task", "rtf"], "'rtf' is unknown"), (["--model", "t5-bse"], "'t5-bse' is neither"), (["--data-dir", tmp_path], "no such folder"),
+                       (["--batch-size", "0"], "int from 1 to")):
         assert word in run(*base, *more, ok=False)[1]
     assert not (tmp_path / "run").exists()
-    broken = tmp_path / "broken"
-    shutil.copytree(checkpoint, broken)
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
     (broken / "spiece.model").unlink()
     assert "spiece.model: no such file" in run(*base, "--model", broken, ok=False)[1]
     tokens = shutil.copytree(checkpoint, tmp_path / "tokens")
