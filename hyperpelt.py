@@ -47,7 +47,7 @@ class HyperPELTConfig:
     per_position: bool = True       # True: an embedding for each of the N positions [R]; False: one vector [X: HyperFormer]
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
-    adapter_scale: float = 1.0      # lambda of eq. (6) at the start [X: MAM]; trained [R]
+    adapter_scale: float = 0.1      # lambda of eq. (6) at the start [C: steadier than 1, X: MAM; see README]; trained [R]
     position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
 
 

@@ -66,7 +66,7 @@ OPTIONS = [  # name, type or choices, default, help
     ("epochs", number(float, 0.001), 6.0, "passes over the training rows"),
     ("batch-size", number(int, 1), 32, "rows of a step"),
     ("lr", number(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; the paper's: 1e-3, R]"),
-    ("schedule", ["constant", "linear"], "constant", "after the warm-up: constant, or linear to 0"),
+    ("schedule", ["constant", "linear"], "linear", "after the warm-up: constant, or linear to 0"),
     ("warmup-steps", number(int, 0), 10, "steps in which the learning rate rises from 0"),
     ("label-smoothing", number(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
     ("temperature", number(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
