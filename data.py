@@ -396,7 +396,7 @@ def download(url, path, optional=False, tries=5):
             if size and part.stat().st_size < int(size):
                 raise OSError(f"broken off at byte {part.stat().st_size} of {size}")
         except urllib.error.HTTPError as error:
-            if error.code == 404 and optional:
+            if error.code in (401, 404) and optional:             # the hub answers 401 for a repository that does not exist
                 return False
             if error.code == 416:                                 # what lies there is longer than the file: begin again
                 part.unlink(missing_ok=True)
