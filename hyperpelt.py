@@ -10,7 +10,8 @@ Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are 
     (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up                     adapter, u = norm(x)
     (6)  y = x + FFN(u) + lambda A(u)                                   parallel to the feed-forward block
 A site is a place that receives generated weights: (block type, layer), five block types. The weights of all sites are
-made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
+made at once, in a few batched products, then handed to the two seams of t5.py. The paper's visual side, hypernetworks of
+their own for an image's features, is not here yet; its prefixes and adapters will enter by the same seams. What we know of each choice is marked
 [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
 
 Shapes: B batch, S source (or target) length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
@@ -51,7 +52,7 @@ class HyperPELTConfig:
     position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
 
 
-# ----------------------------------------------------------------------------------- hyper-embeddings (section 1.2)
+# -------------------------------------------------------------------------------------- ------ hyper-embeddings: eq. (1)
 
 class HyperEmbedding(nn.Module):
     """Task, layer and block-type embeddings and the projector that makes hyper-embeddings of them (paper: section 4)."""
@@ -76,7 +77,7 @@ class HyperEmbedding(nn.Module):
         return self.norm(self.projector_out(F.relu(z + l + b)))                                     # eq. (1)
 
 
-# -------------------------------------------------------------------------- hypernetworks (sections 1.3 and 1.4)
+# -------------------------------------------------------------------------------- ---------- hypernetworks: eq. (2), (4)
 
 class PrefixHypernetwork(nn.Module):
     """h_P: hyper-embeddings -> keys and values for every attention; one linear map each, shared by all sites."""
@@ -115,7 +116,7 @@ class AdapterHypernetwork(nn.Module):
         return down, self.down_bias(mean), self.scale * up, self.scale * self.up_bias(mean)
 
 
-# --------------------------------------------------------------------------- injection: what the seams of t5.py call
+# ------------------------------------------------------------------- injection, at the seams of t5.py: eq. (3), (5), (6)
 
 class Prefix:
     def __init__(self, keys, values):                                       # P_k, P_v [H, N, K]
@@ -134,7 +135,7 @@ class Adapter:
         return F.linear(F.relu(F.linear(u, self.down, self.down_bias)), self.up, self.up_bias)      # eq. (5)
 
 
-# ------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------- the model
 
 class HyperPELT(nn.Module):
     """A T5, frozen but for its layer norms, with the hypernetworks that serve it (paper: figure 1).
@@ -157,9 +158,9 @@ class HyperPELT(nn.Module):
         self.adapter_sites = [site for site in every if self.has_adapter and site[0].endswith("FFN")]
         sites = self.prefix_sites + self.adapter_sites
         layer_ids = [i if kind.startswith("encoder") else encoder + i for kind, i in sites]
-        self.register_buffer("layer_ids", torch.tensor(layer_ids, dtype=torch.long, device="cpu"), persistent=False)
-        self.register_buffer("block_ids", torch.tensor([BLOCK_TYPES.index(kind) for kind, _ in sites], dtype=torch.long,
-                                                       device="cpu"), persistent=False)
+        block_ids = [BLOCK_TYPES.index(kind) for kind, _ in sites]
+        self.register_buffer("layer_ids", torch.tensor(layer_ids, dtype=torch.long), persistent=False)
+        self.register_buffer("block_ids", torch.tensor(block_ids, dtype=torch.long), persistent=False)
         if sites:
             self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder + decoder)
         if self.has_prefix:
@@ -218,14 +219,14 @@ class HyperPELT(nn.Module):
         if self.has_adapter:
             for site, tensors in zip(self.adapter_sites, by_site(self.adapter_hypernetwork(for_adapters))):
                 injected[site] = Adapter(*tensors)
-        return injected
+        return injected                                                     # an image's own will join the task's here
 
     def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0):
         """A batch of one task -> logits [B, T, V], loss."""
         return self.t5(input_ids, attention_mask, labels, self.generate_sites(task), label_smoothing)
 
 
-# -------------------------------------------------------------------------- what is trained (section 1.6, appendix B)
+# ------------------------------------------------------------------------------- what is trained: the paper's appendix B
 
 def deployed(model):
     """Numbers that are left for all tasks when the generated weights are baked in: prefixes, adapters, layer norms."""

@@ -37,13 +37,13 @@ def row_of(task, tmp_path, *lines, split="train"):
     ("wnli", ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC d.\t1"], "wnli sentence1: A b. sentence2: C d.", "entailment"),
 ])
 def test_formats(name, lines, source, target, tmp_path):
-    """One row of each official file -> T5's own text (paper.md section 4); quotes, BOM, CR and short QQP lines met."""
+    """One row of each official file -> T5's own text; quotes, BOM, CR and short QQP lines met."""
     example = row_of(TASKS[name], tmp_path, *lines)
     assert (example.source, example.target) == (source, target)
 
 
 def test_stsb_targets():
-    """26 strings in steps of 0.2 (trap 19)."""
+    """26 strings in steps of 0.2."""
     assert [data.stsb_target(x) for x in (0, 3.8, 3.667, 4.75, 2.5, 5)] == ["0.0", "3.8", "3.6", "4.8", "2.4", "5.0"]
     assert len({data.stsb_target(x / 1000) for x in range(5001)}) == 26
 
@@ -71,7 +71,7 @@ def test_real_files(shared_glue):
 
 
 def test_large_tasks_hold_out_training_rows(tmp_path):
-    """10,000 rows or more: 1,000 leave training and become validation, the validation file is test; nothing is lost (trap 18)."""
+    """10,000 rows or more: 1,000 leave training and become validation, the validation file is test; nothing is lost."""
     header = "index\tquestion\tsentence\tlabel"
     for file, count in (("train.tsv", 10_000), ("dev.tsv", 30)):
         write(tmp_path / "QNLI", file, header, *(f"{i}\tq {i}\ts\tentailment" for i in range(count)))
@@ -93,7 +93,7 @@ def test_mrpc_by_list_of_ids(tmp_path):
 # --------------------------------------------------------------------------------------------------------- batches
 
 def test_truncation_keeps_every_field(vocabulary):
-    """Trap 16: the longest field is cut first; names of fields, the short field and eos stay."""
+    """The longest field is cut first; names of fields, the short field and eos stay."""
     encode = Tokenizer(vocabulary).encode
     long, short = " ".join(["cat", "dog", "bird"] * 20), "the red house"
     for first, second in ((long, short), (short, long), (long, long)):
@@ -140,7 +140,7 @@ def test_metrics_equal_scikit_learn_and_scipy():
 
 
 def test_degenerate_metrics():
-    """Trap 24: constants give 0, not NaN; an answer that is no label counts as the opposite of the truth."""
+    """Constants give 0, not NaN; an answer that is no label counts as the opposite of the truth."""
     gold = np.array([0, 1, 1, 0])
     for constant in (np.zeros(4, int), np.ones(4, int)):
         assert data.matthews(constant, gold) == 0 and data.pearson(constant, gold) == 0 and data.spearman(constant, gold) == 0

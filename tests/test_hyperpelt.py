@@ -1,4 +1,4 @@
-"""The method against an independent computation: paper.md's equations in numpy, in float64, without torch."""
+"""The method against an independent computation: the equations at the top of hyperpelt.py in numpy, in float64, without torch."""
 import copy
 import dataclasses
 import math
@@ -44,7 +44,7 @@ def linear(p, name, x):
 
 
 class NumpyT5:
-    """T5 v1.1 with prefixes and adapters for one sequence, from the tensors' names and paper.md alone."""
+    """T5 v1.1 with prefixes and adapters for one sequence, from the tensors' names and the equations alone."""
 
     def __init__(self, p, config, task, prefix=True, adapter=True):
         self.p, self.c, self.task, self.prefix, self.adapter = p, config, task, prefix, adapter
@@ -145,10 +145,10 @@ def test_vector_form_and_norm(tmp_path):
     assert np.allclose(expected.transpose(1, 0, 2), site.keys.detach().numpy(), atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ prefix, trap by trap
+# ------------------------------------------------------------------------------------------------------------ prefix
 
 def test_prefix_leaves_bias_and_mask_alone(tmp_path):
-    """Traps 1 and 3: real keys keep their bias, N columns of 0 stand in front, for padded rows and later steps too."""
+    """Real keys keep their bias, N columns of 0 stand in front, for padded rows and later steps too."""
     stack = make(tmp_path).t5.decoder
     prefix = Prefix(torch.zeros(3, 5, 16), torch.zeros(3, 5, 16))
     for module in (stack, make(tmp_path).t5.encoder):
@@ -162,7 +162,7 @@ def test_prefix_leaves_bias_and_mask_alone(tmp_path):
 
 
 def test_masked_prefix_is_the_plain_model(tmp_path, monkeypatch):
-    """Trap 1: with the prefix columns masked out by hand, bias and all, the logits are the plain model's."""
+    """With the prefix columns masked out by hand, bias and all, the logits are the plain model's."""
     t5 = make(tmp_path, method="norms").t5
     sites = {(kind, i): Prefix(torch.randn(3, 5, 16), torch.randn(3, 5, 16))
              for kind, count in ((ENCODER_SELF, 3), (DECODER_SELF, 2), (DECODER_CROSS, 2)) for i in range(count)}
@@ -176,7 +176,7 @@ def test_masked_prefix_is_the_plain_model(tmp_path, monkeypatch):
 
 
 def test_zero_prefix_still_takes_mass(tmp_path):
-    """Trap 3: with all-zero keys and values the output shrinks; it is not the plain model's."""
+    """With all-zero keys and values the output shrinks; it is not the plain model's."""
     t5 = make(tmp_path, method="norms").t5
     ids, mask, labels = inputs()
     sites = {(ENCODER_SELF, i): Prefix(torch.zeros(3, 5, 16), torch.zeros(3, 5, 16)) for i in range(3)}
@@ -186,7 +186,7 @@ def test_zero_prefix_still_takes_mass(tmp_path):
 
 @pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
 def test_cached_decoding_equals_uncached(kind, tmp_path):
-    """Trap 5: the prefix is prepended once; 9 steps of greedy decoding against full recomputation, padded rows included."""
+    """The prefix is prepended once; 9 steps of greedy decoding against full recomputation, padded rows included."""
     model = make(tmp_path, kind)
     ids, mask, _ = inputs(vocabulary=64)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_cached_decoding_equals_uncached(kind, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_declared_is_trained(method, tmp_path):
-    """Trap 34: gradients reach exactly what `trained` names; all else is bit-identical after several steps. Trap 37."""
+    """Gradients reach exactly what `trained` names; all else is bit-identical after several steps."""
     model = make(tmp_path, method=method).train()
     before = copy.deepcopy(model.state_dict())
     requires, config = {n: p.requires_grad for n, p in model.named_parameters()}, dataclasses.asdict(model.config)
@@ -226,7 +226,7 @@ def test_only_the_declared_is_trained(method, tmp_path):
 
 
 def test_weights_are_generated_once(tmp_path):
-    """Trap 35: one call of each hypernetwork in a training step. (For an evaluation: in test_train.py.)"""
+    """One call of each hypernetwork in a training step. (For an evaluation: in test_train.py.)"""
     model = make(tmp_path)
     calls = []
     for network in (model.prefix_hypernetwork, model.adapter_hypernetwork):
@@ -262,7 +262,7 @@ def test_same_seed_same_weights(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- budget
 
 def test_parameter_budget():
-    """The figures of section 1.6, by arithmetic from the sizes: T5-base, N 49, d_t 768, d_I 64, h 128, b 24, 8 tasks."""
+    """The figures of the README, by arithmetic from the sizes: T5-base, N 49, d_t 768, d_I 64, h 128, b 24, 8 tasks."""
     norms, embeddings = 62 * 768, (8 + 24 + 5) * 49 * 768
     projector = 3 * 768 * 128 + 128 + 128 * 64 + 64
     prefix_heads = 2 * (64 * 768 + 768)

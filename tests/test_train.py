@@ -69,7 +69,7 @@ def test_same_seed_same_bytes(finished, checkpoint, glue, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_and_resume_exactly(number, finished, checkpoint, glue, tmp_path):
-    """Trap 36: stopped by a signal at any step and resumed, a run ends with the bytes and the log of one never stopped."""
+    """Stopped by a signal at any step and resumed, a run ends with the bytes and the log of one never stopped."""
     out = tmp_path / "run"
     arguments = command(checkpoint, glue, out, "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4)
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
@@ -139,7 +139,7 @@ def test_two_tasks_in_one_run(checkpoint, glue, tmp_path):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    """Single task: each row once an epoch. Several: one task a batch, in the proportions of n^(1/T) (trap 21)."""
+    """Single task: each row once an epoch. Several: one task a batch, in the proportions of n^(1/T)."""
     class Settings:
         batch_size, steps, epochs, temperature, seed = 4, 0, 2.0, 10.0, 0
     rows = {"a": {"train": [(np.array([i, 1]), np.array([1])) for i in range(10, 30)]}}
@@ -234,7 +234,7 @@ def test_divergence_stops_the_run(checkpoint, glue, tmp_path):
 
 
 def test_one_generation_for_a_whole_evaluation(checkpoint, monkeypatch):
-    """Trap 35: the hypernetworks run once for an evaluation of several batches, each of several decoding steps."""
+    """The hypernetworks run once for an evaluation of several batches, each of several decoding steps."""
     model = HyperPELT(T5.from_pretrained(checkpoint), ["rte"], HyperPELTConfig(prefix_length=3, embedding_dim=8, hyper_dim=4, bottleneck=2))
     calls = []
     model.prefix_hypernetwork.register_forward_hook(lambda *args: calls.append("prefix"))
