@@ -22,6 +22,8 @@ from conftest import ROOT, make_checkpoint, read_json, run
 
 TINY = ["--prefix-length", 5, "--embedding-dim", 12, "--hyper-dim", 6, "--bottleneck", 4, "--batch-size", 8, "--precision", "fp32"]
 
+RUN = ["--steps", 40, "--eval-every", 10, "--lr", 0.02, "--warmup-steps", 4, "--schedule", "constant"]
+
 
 def command(checkpoint, glue, out, *more, task="rte"):
     return ["train.py", "--task", task, "--model", checkpoint, "--data-dir", glue, "--out", out, *TINY, *more]
@@ -33,9 +35,9 @@ def log_of(out):
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, glue, tmp_path_factory):
-    """A run of 20 steps, never interrupted."""
+    """A run of 40 steps, never interrupted."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    stdout, _ = run(*command(checkpoint, glue, out, "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4))
+    stdout, _ = run(*command(checkpoint, glue, out, *RUN))
     return out, stdout
 
 
@@ -44,10 +46,10 @@ def test_a_run_and_its_folder(finished):
     assert sorted(p.name for p in out.iterdir()) == ["best.safetensors", "config.json", "last.safetensors", "log.jsonl", "metrics.json"]
     metrics, log, config = read_json(out / "metrics.json"), log_of(out), read_json(out / "config.json")
     steps = [row for row in log if "loss" in row]
-    assert [row["step"] for row in steps] == [10, 20] and steps[1]["loss"] < steps[0]["loss"]
+    assert [row["step"] for row in steps] == [10, 20, 30, 40] and steps[3]["loss"] < steps[0]["loss"]
     assert set(steps[0]) == {"step", "task", "loss", "lr", "examples_per_s", "peak_memory_mb"} and steps[0]["lr"] == 0.02
     evaluations = {row["step"]: row["validation"]["rte"]["validation"]["accuracy"] for row in log if "validation" in row}
-    assert list(evaluations) == [5, 10, 15, 20]
+    assert list(evaluations) == [10, 20, 30, 40]
     best = max(evaluations.values())
     assert metrics["best_step"] == min(step for step, value in evaluations.items() if value == best)
     assert metrics["rte"]["validation"]["accuracy"] == best and 0 <= metrics["rte"]["test"]["accuracy"] <= 1
@@ -60,10 +62,10 @@ def test_a_run_and_its_folder(finished):
 
 def test_same_seed_same_bytes(finished, checkpoint, glue, tmp_path):
     out, _ = finished
-    run(*command(checkpoint, glue, tmp_path / "run", "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4))
+    run(*command(checkpoint, glue, tmp_path / "run", *RUN))
     for name in ("best.safetensors", "last.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
-    run(*command(checkpoint, glue, tmp_path / "other", "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4, "--seed", 1))
+    run(*command(checkpoint, glue, tmp_path / "other", *RUN, "--seed", 1))
     assert (out / "best.safetensors").read_bytes() != (tmp_path / "other" / "best.safetensors").read_bytes()
 
 
@@ -71,15 +73,15 @@ def test_same_seed_same_bytes(finished, checkpoint, glue, tmp_path):
 def test_stop_and_resume_exactly(number, finished, checkpoint, glue, tmp_path):
     """Stopped by a signal at any step and resumed, a run ends with the bytes and the log of one never stopped."""
     out = tmp_path / "run"
-    arguments = command(checkpoint, glue, out, "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4)
+    arguments = command(checkpoint, glue, out, *RUN)
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not ((out / "log.jsonl").exists() and len(log_of(out)) >= 1) and process.poll() is None:
-        time.sleep(0.001)                                        # the evaluation of step 5 is in the log
+        time.sleep(0.001)                                        # the row of step 10 is in the log
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "--resume" in stderr and "Traceback" not in stderr
-    assert 5 <= int(re.search(r"stopped at step (\d+)", stderr)[1]) < 20
+    assert 10 <= int(re.search(r"stopped at step (\d+)", stderr)[1]) < 40
     stdout, _ = run("train.py", "--out", out, "--resume")
     assert "resumed at step" in stdout
     for name in ("best.safetensors", "last.safetensors", "metrics.json"):
@@ -89,16 +91,16 @@ def test_stop_and_resume_exactly(number, finished, checkpoint, glue, tmp_path):
 
 
 def test_resume_from_an_older_checkpoint(finished, checkpoint, glue, tmp_path):
-    """A run killed after its checkpoint of step 10: log rows after it are dropped, and all is repeated exactly."""
+    """A run killed after its checkpoint of step 20: log rows after it are dropped, and all is repeated exactly."""
     out = tmp_path / "run"
-    arguments = command(checkpoint, glue, out, "--steps", 20, "--eval-every", 5, "--lr", 0.02, "--warmup-steps", 4)
+    arguments = command(checkpoint, glue, out, *RUN)
     killer = ("import os, train, data; old = train.save_last\n"
               "def save(path, model, optimiser, progress):\n"
-              "    if progress['step'] == 15: os._exit(9)\n"
+              "    if progress['step'] == 30: os._exit(9)\n"
               "    old(path, model, optimiser, progress)\n"
               "train.save_last = save; data.run(train.main)")
     done = subprocess.run([sys.executable, "-c", killer, *map(str, arguments[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 9 and log_of(out)[-1]["step"] == 15
+    assert done.returncode == 9 and log_of(out)[-1]["step"] == 30
     run("train.py", "--out", out, "--resume")
     for name in ("best.safetensors", "last.safetensors", "metrics.json"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes(), name
@@ -193,7 +195,7 @@ def test_damaged_checkpoints(finished, tmp_path):
     save_file(tensors, out / "best.safetensors")
     assert "metadata: expected a key hyperpelt with step as JSON" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
     state = load_file(out / "last.safetensors")
-    progress = {"hyperpelt": json.dumps(dict(step=20, evaluated=20, best_step=5, best=0.5))}
+    progress = {"hyperpelt": json.dumps(dict(step=40, evaluated=40, best_step=10, best=0.5))}
     save_file(state | {"generator.cpu": torch.zeros_like(state["generator.cpu"])}, out / "last.safetensors", progress)
     assert "tensor generator" in run("train.py", "--out", out, "--resume", ok=False)[1]
     for text, words in (("[]", "expected a JSON object"), ('{"settings": null}', "settings holds None"), ("{", "not JSON"),
