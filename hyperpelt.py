@@ -9,13 +9,17 @@ Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are 
     (4)  (W_down, b_down, W_up, b_up) = h_A(mean over positions of I)   adapter hypernetwork h_A
     (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up                     adapter, u = norm(x)
     (6)  y = x + FFN(u) + lambda A(u)                                   parallel to the feed-forward block
+VL-HyperPELT, for a task that comes with images, has a second side, with hypernetworks h_P^v and h_A^v of its own:
+    (7)  z_v = V W_v + c_v                                              visual embedding of an image's N grid features V
+    (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v    visual hyper-embedding, through (2) and (4) again
+    (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]        the image's prefix after the task's
+    (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                 the image's adapter beside the task's
 A site is a place that receives generated weights: (block type, layer), five block types. The weights of all sites are
-made at once, in a few batched products, then handed to the two seams of t5.py. The paper's visual side, hypernetworks of
-their own for an image's features, is not here yet; its prefixes and adapters will enter by the same seams. What we know of each choice is marked
+made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
 [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
 
 Shapes: B batch, S source (or target) length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
-E hyper-embedding width d_I, Z input embedding width d_t.
+E hyper-embedding width d_I, Z input embedding width d_t, V width of an image's features.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +39,12 @@ METHODS = {  # (prefix, adapter, the whole backbone trained)
     "norms": (False, False, False),            # the frozen T5 with its layer norms trained: what the others add to
     "full": (False, False, True),              # full fine-tuning
 }
+VISION = {  # what an image gives the T5: (visual prefix, visual adapter, tokens in the encoder's input)
+    "both": (True, True, False),               # the paper's VL-HyperPELT
+    "prefix": (True, False, False),
+    "adapter": (False, True, False),
+    "tokens": (False, False, True),            # the baseline, VL-Adapter's way: hypernetworks for the task side only
+}
 
 
 @dataclass
@@ -50,31 +60,56 @@ class HyperPELTConfig:
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
     adapter_scale: float = 0.1      # lambda of eq. (6) at the start [C: steadier than 1, X: MAM; see README]; trained [R]
     position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
+    visual_width: int = 0           # V; 0: no image side. 2048: the last map of CLIP's ResNet-101 [R, X: VL-Adapter]
+    vision: str = "both"            # a key of VISION; of a method without prefixes (adapters) an image gets none either [C]
 
 
-# -------------------------------------------------------------------------------------- ------ hyper-embeddings: eq. (1)
+# -------------------------------------------------------------------------------- hyper-embeddings: eq. (1), (7), (8)
+
+class Projector(nn.Module):
+    """The MLP of eq. (1) and, with weights of its own, of eq. (8): the same one at every site and position."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.hidden = nn.Linear(3 * config.embedding_dim, config.projector_dim)                     # W1, c1
+        self.out = nn.Linear(config.projector_dim, config.hyper_dim)                                # W2, c2
+        self.norm = nn.LayerNorm(config.hyper_dim) if config.hyper_norm else nn.Identity()
+
+    def forward(self, z, layer, block, layer_ids, block_ids):
+        """z: of a task [N, Z], of images [B, N, Z]; tables [L, N, Z] and [5, N, Z]; ids [sites] -> [sites, (B,) N, E]."""
+        # W1 [z; l; b] is the sum of three products: each embedding meets its own columns of W1 once, not once per site.
+        w_z, w_layer, w_block = self.hidden.weight.chunk(3, dim=1)                                  # [h, Z] each
+        z = F.linear(z, w_z, self.hidden.bias)                                                      # [(B,) N, h]
+        l = F.linear(layer, w_layer)[layer_ids]                                                     # [sites, N, h]
+        b = F.linear(block, w_block)[block_ids]                                                     # [sites, N, h]
+        site = l + b if z.dim() == 2 else (l + b)[:, None]                                          # for all images alike
+        return self.norm(self.out(F.relu(z + site)))                                                # eq. (1), (8)
+
 
 class HyperEmbedding(nn.Module):
-    """Task, layer and block-type embeddings and the projector that makes hyper-embeddings of them (paper: section 4)."""
+    """The embeddings of task, layer, block type and image, and the projectors that make hyper-embeddings of them
+    (paper: section 4). Layer and block embeddings serve both sides [C], the projectors one side each [R]."""
 
-    def __init__(self, config, tasks, layers):
+    def __init__(self, config, tasks, layers, visual):
         super().__init__()
         positions = config.prefix_length if config.per_position else 1
         self.task = nn.Parameter(torch.empty(tasks, positions, config.embedding_dim))               # z_tau  [M, N, Z]
         self.layer = nn.Parameter(torch.empty(layers, positions, config.embedding_dim))             # l_i    [L, N, Z]
         self.block = nn.Parameter(torch.empty(len(BLOCK_TYPES), positions, config.embedding_dim))   # b_j    [5, N, Z]
-        self.projector_in = nn.Linear(3 * config.embedding_dim, config.projector_dim)               # W1, c1
-        self.projector_out = nn.Linear(config.projector_dim, config.hyper_dim)                      # W2, c2
-        self.norm = nn.LayerNorm(config.hyper_dim) if config.hyper_norm else nn.Identity()
+        self.projector, self.per_position = Projector(config), config.per_position
+        if visual:
+            self.visual = nn.Linear(config.visual_width, config.embedding_dim)                      # W_v, c_v
+            self.visual_projector = Projector(config)
 
-    def forward(self, task, layers, blocks):
-        """task: its number; layers, blocks: ids [sites] -> I [sites, N, E], the same projector at every position."""
-        # W1 [z; l; b] is the sum of three products: each embedding meets its own columns of W1 once, not once per site.
-        w_task, w_layer, w_block = self.projector_in.weight.chunk(3, dim=1)                         # [h, Z] each
-        z = F.linear(self.task[task], w_task, self.projector_in.bias)                               # [N, h]
-        l = F.linear(self.layer, w_layer)[layers]                                                   # [sites, N, h]
-        b = F.linear(self.block, w_block)[blocks]                                                   # [sites, N, h]
-        return self.norm(self.projector_out(F.relu(z + l + b)))                                     # eq. (1)
+    def forward(self, task, layer_ids, block_ids):
+        """task: its number; ids [sites] -> I [sites, N, E]."""
+        return self.projector(self.task[task], self.layer, self.block, layer_ids, block_ids)
+
+    def of_images(self, features, layer_ids, block_ids):
+        """Grid features [B, N, V]; ids [sites] -> I^v [sites, B, N, E]."""
+        z = self.visual(features)                                                                   # eq. (7)  [B, N, Z]
+        z = z if self.per_position else z.mean(1, keepdim=True)             # the vector form has one position [C]
+        return self.visual_projector(z, self.layer, self.block, layer_ids, block_ids)
 
 
 # -------------------------------------------------------------------------------- ---------- hypernetworks: eq. (2), (4)
@@ -89,11 +124,11 @@ class PrefixHypernetwork(nn.Module):
         self.key = nn.Linear(config.hyper_dim, rows * heads * d_kv)         # W_k, c_k
         self.value = nn.Linear(config.hyper_dim, rows * heads * d_kv)       # W_v, c_v
 
-    def forward(self, hyper):                                               # I [sites, N, E]
-        keys = self.key(hyper)                                              # eq. (2): P_k  [sites, N, H*K]
-        values = self.value(hyper)                                          # eq. (2): P_v; vector form: [sites, 1, N*H*K]
-        keys, values = (p.reshape(-1, *self.shape) for p in (keys, values))             # in heads [sites, N, H, K]
-        return keys.transpose(1, 2), values.transpose(1, 2)                             # [sites, H, N, K]
+    def forward(self, hyper):                                               # I [sites, N, E], of images [sites, B, N, E]
+        keys = self.key(hyper)                                              # eq. (2): P_k  [sites, (B,) N, H*K]
+        values = self.value(hyper)                                          # eq. (2): P_v; vector form: [.., 1, N*H*K]
+        keys, values = (p.reshape(*hyper.shape[:-2], *self.shape) for p in (keys, values))      # in heads [.., N, H, K]
+        return keys.transpose(-3, -2), values.transpose(-3, -2)                                 # [sites, (B,) H, N, K]
 
 
 class AdapterHypernetwork(nn.Module):
@@ -108,31 +143,40 @@ class AdapterHypernetwork(nn.Module):
         self.up_bias = nn.Linear(config.hyper_dim, d_model)
         self.scale = nn.Parameter(torch.tensor(config.adapter_scale))       # lambda
 
-    def forward(self, hyper):                                               # I [sites, N, E]
-        mean = hyper.mean(1)                                                # [sites, E]; the mean over positions is [C]
-        down = self.down(mean).view(-1, self.bottleneck, self.d_model)      # eq. (4): W_down  [sites, R, D]
-        up = self.up(mean).view(-1, self.d_model, self.bottleneck)          # eq. (4): W_up    [sites, D, R]
+    def forward(self, hyper):                                               # I [sites, N, E], of images [sites, B, N, E]
+        mean = hyper.mean(-2)                                               # [sites, (B,) E]; mean over positions: [C]
+        down = self.down(mean).unflatten(-1, (self.bottleneck, self.d_model))       # eq. (4): W_down  [sites, (B,) R, D]
+        up = self.up(mean).unflatten(-1, (self.d_model, self.bottleneck))           # eq. (4): W_up    [sites, (B,) D, R]
         # lambda A(u) = (lambda W_up) ReLU(...) + lambda b_up: scaling the small tensors spares one pass over [B, S, D].
         return down, self.down_bias(mean), self.scale * up, self.scale * self.up_bias(mean)
 
 
-# ------------------------------------------------------------------- injection, at the seams of t5.py: eq. (3), (5), (6)
+# ------------------------------------------------------- injection, at the seams of t5.py: eq. (3), (5), (6), (9), (10)
+# Each holds its parts: the task's, which all rows of a batch share, and for an image task the images', with a batch axis.
 
 class Prefix:
-    def __init__(self, keys, values):                                       # P_k, P_v [H, N, K]
-        self.keys, self.values, self.length = keys, values, keys.size(1)
+    def __init__(self, *parts):                                             # (P_k, P_v) [H, N, K]; images [B, H, N, K]
+        self.parts, self.length = parts, sum(keys.size(-2) for keys, _ in parts)
 
     def __call__(self, k, v):                                               # x W_K, x W_V, in heads [B, H, S, K]
-        p_k, p_v = (p.expand(len(k), -1, -1, -1) for p in (self.keys, self.values))
-        return torch.cat([p_k, k], 2), torch.cat([p_v, v], 2)               # eq. (3): [B, H, N+S, K]
+        p_k, p_v = ([p.expand(len(k), -1, -1, -1) for p in part] for part in zip(*self.parts))
+        return torch.cat([*p_k, k], 2), torch.cat([*p_v, v], 2)             # eq. (3), (9): [B, H, N+S, K]
 
 
 class Adapter:
-    def __init__(self, down, down_bias, up, up_bias):                       # [R, D], [R], [D, R], [D]
-        self.down, self.down_bias, self.up, self.up_bias = down, down_bias, up, up_bias
+    def __init__(self, *parts):                                             # (W_down, b_down, W_up, b_up)
+        self.parts = parts                                                  # [R, D], [R], [D, R], [D]; images [B, R, D] ...
 
     def __call__(self, u):                                                  # [B, S, D]; t5.py adds it to FFN(u): eq. (6)
-        return F.linear(F.relu(F.linear(u, self.down, self.down_bias)), self.up, self.up_bias)      # eq. (5)
+        return sum(self.adapt(u, *part) for part in self.parts)             # eq. (10)
+
+    @staticmethod
+    def adapt(u, down, down_bias, up, up_bias):
+        if down.dim() == 2:
+            return F.linear(F.relu(F.linear(u, down, down_bias)), up, up_bias)                      # eq. (5)
+        x = u.reshape(len(down), -1, u.size(-1))                            # the beams of an image share its weights
+        x = F.relu(torch.baddbmm(down_bias[:, None], x, down.transpose(1, 2)))                      # [B, S, R]
+        return torch.baddbmm(up_bias[:, None], x, up.transpose(1, 2)).view_as(u)                    # eq. (5), an image each
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
@@ -141,7 +185,7 @@ class HyperPELT(nn.Module):
     """A T5, frozen but for its layer norms, with the hypernetworks that serve it (paper: figure 1).
 
     t5: a float32 T5, which is frozen in place; tasks: list of names; dtype: of the frozen weights and the activations.
-    What is trained stays float32: layer norms, hypernetworks, task, layer and block embeddings, and nothing else [P].
+    What is trained stays float32: layer norms, hypernetworks, task, layer, block and visual embeddings, nothing else [P].
     """
 
     def __init__(self, t5, tasks, config, dtype=torch.float32):
@@ -150,6 +194,10 @@ class HyperPELT(nn.Module):
             raise UserError(f"method {config.method!r} is unknown; the known ones are {', '.join(METHODS)}")
         self.t5, self.tasks, self.config = t5, list(tasks), config
         self.has_prefix, self.has_adapter, train_backbone = METHODS[config.method]
+        visual_prefix, visual_adapter, tokens = VISION[config.vision] if config.visual_width else (False,) * 3
+        self.visual_prefix, self.visual_adapter = self.has_prefix and visual_prefix, self.has_adapter and visual_adapter
+        if config.visual_width and not (self.visual_prefix or self.visual_adapter or tokens):
+            raise UserError(f"method {config.method} with vision {config.vision} lets no image in; vision tokens does")
         self.freeze(train_backbone, dtype)
         encoder, decoder, c = len(t5.encoder.blocks), len(t5.decoder.blocks), t5.config
         # The sites, in one order. A layer's id is its place in encoder, then decoder [C: the two counted apart].
@@ -162,11 +210,16 @@ class HyperPELT(nn.Module):
         self.register_buffer("layer_ids", torch.tensor(layer_ids, dtype=torch.long), persistent=False)
         self.register_buffer("block_ids", torch.tensor(block_ids, dtype=torch.long), persistent=False)
         if sites:
-            self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder + decoder)
+            self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder + decoder, self.visual_prefix or self.visual_adapter)
         if self.has_prefix:
             self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)
         if self.has_adapter:
             self.adapter_hypernetwork = AdapterHypernetwork(config, c.d_model)
+        if self.visual_prefix:
+            self.visual_prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)
+        if self.visual_adapter:
+            self.visual_adapter_hypernetwork = AdapterHypernetwork(config, c.d_model)
+        self.image_tokens = nn.Linear(config.visual_width, c.d_model) if tokens else None
         self.initialise()
 
     def freeze(self, train_backbone, dtype):
@@ -187,9 +240,9 @@ class HyperPELT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("t5."):
                 module.bias.zero_()
-        if self.has_adapter:
-            self.adapter_hypernetwork.up.weight.zero_()
-            self.adapter_hypernetwork.up_bias.weight.zero_()
+            if isinstance(module, AdapterHypernetwork):
+                module.up.weight.zero_()
+                module.up_bias.weight.zero_()
         if self.prefix_sites + self.adapter_sites:
             for table in (self.hyper_embedding.task, self.hyper_embedding.layer, self.hyper_embedding.block):
                 noise = self.config.position_noise
@@ -208,22 +261,51 @@ class HyperPELT(nn.Module):
             return {}
         hyper = self.hyper_embedding(self.tasks.index(task), self.layer_ids, self.block_ids)        # [sites, N, E]
         for_prefixes, for_adapters = hyper.split([len(self.prefix_sites), len(self.adapter_sites)])
-
-        def by_site(tensors):                                               # several [sites, ...] -> for each site its own parts
-            return zip(*(t.to(self.t5.dtype).unbind() for t in tensors))
-
-        injected = {}
+        sites = {}
         if self.has_prefix:
-            for site, (keys, values) in zip(self.prefix_sites, by_site(self.prefix_hypernetwork(for_prefixes))):
-                injected[site] = Prefix(keys, values)
+            sites |= {site: Prefix(part) for site, part in self.by_site(self.prefix_sites, self.prefix_hypernetwork(for_prefixes))}
         if self.has_adapter:
-            for site, tensors in zip(self.adapter_sites, by_site(self.adapter_hypernetwork(for_adapters))):
-                injected[site] = Adapter(*tensors)
-        return injected                                                     # an image's own will join the task's here
+            sites |= {site: Adapter(part) for site, part in self.by_site(self.adapter_sites, self.adapter_hypernetwork(for_adapters))}
+        return sites
 
-    def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0):
-        """A batch of one task -> logits [B, T, V], loss."""
-        return self.t5(input_ids, attention_mask, labels, self.generate_sites(task), label_smoothing)
+    def by_site(self, sites, tensors):
+        """Several [sites, ...] -> pairs of a site and its own slices of them, in the dtype of the backbone."""
+        return zip(sites, zip(*(t.to(self.t5.dtype).unbind() for t in tensors)))
+
+    def add_images(self, sites, features):
+        """A task's sites and a batch's grid features [B, N, V] -> the sites with the images' own parts. Leaves `sites` alone.
+
+        Here each image has weights of its own, so the products are as large as the backbone's and run in its dtype.
+        """
+        prefixes, sites = len(self.prefix_sites), dict(sites)
+        with torch.autocast(features.device.type, self.t5.dtype, enabled=self.t5.dtype != torch.float32):
+            # Only those sites are made that the images have a hypernetwork for.
+            start, end = 0 if self.visual_prefix else prefixes, len(self.layer_ids) if self.visual_adapter else prefixes
+            hyper = self.hyper_embedding.of_images(features, self.layer_ids[start:end], self.block_ids[start:end])
+            for_prefixes, for_adapters = hyper.tensor_split([prefixes - start])                     # [sites, B, N, E]
+            if self.visual_prefix:
+                for site, part in self.by_site(self.prefix_sites, self.visual_prefix_hypernetwork(for_prefixes)):
+                    sites[site] = Prefix(*sites[site].parts, part)          # eq. (9)
+            if self.visual_adapter:
+                for site, part in self.by_site(self.adapter_sites, self.visual_adapter_hypernetwork(for_adapters)):
+                    sites[site] = Adapter(*sites[site].parts, part)         # eq. (10)
+        return sites
+
+    def inject(self, sites, features=None):
+        """A task's sites, and features [B, N, V] of an image task -> what T5.forward and T5.generate take: sites and, for
+        the baseline with image tokens only, `front`, embedded tokens [B, N, D] before the text."""
+        if features is None:                                                # a text batch pays nothing for the visual side
+            return dict(sites=sites)
+        features = features.to(self.t5.dtype)
+        if self.image_tokens is not None:
+            weight, bias = (p.to(self.t5.dtype) for p in self.image_tokens.parameters())
+            return dict(sites=sites, front=F.linear(features, weight, bias))
+        return dict(sites=self.add_images(sites, features))
+
+    def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0, features=None):
+        """A batch of one task; features [B, N, V] if it comes with images -> logits [B, T, V], loss."""
+        injected = self.inject(self.generate_sites(task), features)
+        return self.t5(input_ids, attention_mask, labels, label_smoothing=label_smoothing, **injected)
 
 
 # ------------------------------------------------------------------------------- what is trained: the paper's appendix B

@@ -330,10 +330,16 @@ class T5(nn.Module):
             self.lm_head = Linear(config.d_model, config.vocab_size)
         self.dtype = torch.float32              # of the activations; HyperPELT sets bfloat16 when it freezes the model
 
-    def encode(self, input_ids, attention_mask=None, sites=None):
-        """input_ids [B, S], attention_mask [B, S] (1 real, 0 padding; default: not pad) -> memory [B, S, D]."""
+    def encode(self, input_ids, attention_mask=None, sites=None, front=None):
+        """input_ids [B, S], attention_mask [B, S] (1 real, 0 padding; default: not pad) -> memory [B, S, D], its mask [B, S].
+
+        front: tokens [B, N, D] that are embedded already and go before the text; memory and mask are longer by them.
+        """
         attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
-        return self.encoder(self.shared(input_ids).to(self.dtype), attention_mask, sites=sites)
+        x = self.shared(input_ids).to(self.dtype)
+        if front is not None:
+            x, attention_mask = torch.cat([front, x], 1), F.pad(attention_mask, (front.size(1), 0), value=1)
+        return self.encoder(x, attention_mask, sites=sites), attention_mask
 
     def decode(self, decoder_input_ids, memory, attention_mask, sites=None, caches=None):
         """decoder_input_ids [B, T], memory [B, S, D] -> logits [B, T, V]. With caches: only the new tokens are given."""
@@ -342,12 +348,11 @@ class T5(nn.Module):
             return F.linear(x * self.config.d_model**-0.5, self.shared.weight.to(x.dtype))
         return self.lm_head(x)
 
-    def forward(self, input_ids, attention_mask, labels, sites=None, label_smoothing=0.0):
+    def forward(self, input_ids, attention_mask, labels, sites=None, front=None, label_smoothing=0.0):
         """input_ids, attention_mask (or None) [B, S], labels [B, T] (-100: no loss) -> logits [B, T, V], mean loss per token."""
-        attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
         shifted = F.pad(labels, (1, -1), value=self.config.pad_token_id)     # the decoder starts from pad
         shifted = shifted.masked_fill(shifted == -100, self.config.pad_token_id)
-        logits = self.decode(shifted, self.encode(input_ids, attention_mask, sites), attention_mask, sites)
+        logits = self.decode(shifted, *self.encode(input_ids, attention_mask, sites, front), sites)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100,
                                label_smoothing=label_smoothing)
         return logits, loss
@@ -355,10 +360,9 @@ class T5(nn.Module):
     # ------------------------------------------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, max_new_tokens=20, num_beams=1, sites=None):
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=20, num_beams=1, sites=None, front=None):
         """Greedy (num_beams 1) or beam search -> ids [B, <= max_new_tokens], padded after eos, without the start token."""
-        attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
-        memory = self.encode(input_ids, attention_mask, sites)
+        memory, attention_mask = self.encode(input_ids, attention_mask, sites, front)
         caches = [{} for _ in self.decoder.blocks]
         start = torch.full_like(input_ids[:, :1], self.config.pad_token_id)
         logits = self.decode(start, memory, attention_mask, sites, caches)[:, -1].float()      # [B, V]

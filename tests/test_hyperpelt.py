@@ -10,7 +10,7 @@ import torch
 import hyperpelt
 import t5 as t5_module
 from conftest import make_checkpoint, run
-from hyperpelt import BLOCK_TYPES, METHODS, Adapter, HyperPELT, HyperPELTConfig, Prefix
+from hyperpelt import BLOCK_TYPES, METHODS, VISION, Adapter, HyperPELT, HyperPELTConfig, Prefix
 from t5 import DECODER_CROSS, DECODER_SELF, ENCODER_SELF, T5, T5Config
 from test_t5 import inputs
 
@@ -30,12 +30,12 @@ def make(folder, kind="v1.1", method="hyperpelt", tasks=("rte", "stsb"), seed=0,
 
 # ----------------------------------------------------------------- the whole method once more, literally, in numpy
 
-def numpy_hyper_embedding(p, task, layer, block):
-    """Eq. (1) as it is written: concatenate, multiply, ReLU, multiply; one position after the other."""
-    rows = []
-    for z, l, b in zip(p["hyper_embedding.task"][task], p["hyper_embedding.layer"][layer], p["hyper_embedding.block"][block]):
-        hidden = p["hyper_embedding.projector_in.weight"] @ np.concatenate([z, l, b]) + p["hyper_embedding.projector_in.bias"]
-        rows.append(p["hyper_embedding.projector_out.weight"] @ np.maximum(hidden, 0) + p["hyper_embedding.projector_out.bias"])
+def numpy_hyper_embedding(p, z, layer, block, projector="projector"):
+    """Eq. (1) and (8) as they are written: concatenate, multiply, ReLU, multiply; one position after the other."""
+    rows, name = [], f"hyper_embedding.{projector}"
+    for z, l, b in zip(z, p["hyper_embedding.layer"][layer], p["hyper_embedding.block"][block]):
+        hidden = p[f"{name}.hidden.weight"] @ np.concatenate([z, l, b]) + p[f"{name}.hidden.bias"]
+        rows.append(p[f"{name}.out.weight"] @ np.maximum(hidden, 0) + p[f"{name}.out.bias"])
     return np.array(rows)                                        # [N, E]
 
 
@@ -44,10 +44,18 @@ def linear(p, name, x):
 
 
 class NumpyT5:
-    """T5 v1.1 with prefixes and adapters for one sequence, from the tensors' names and the equations alone."""
+    """T5 v1.1 with prefixes and adapters for one sequence, from the tensors' names and the equations alone.
 
-    def __init__(self, p, config, task, prefix=True, adapter=True):
-        self.p, self.c, self.task, self.prefix, self.adapter = p, config, task, prefix, adapter
+    features [N, V] of its image, or None; vision: (visual prefix, visual adapter, tokens).
+    """
+
+    def __init__(self, p, config, task, prefix=True, adapter=True, features=None, vision=(False, False, False)):
+        self.p, self.c, self.features, self.tokens = p, config, features, vision[2]
+        z = p["hyper_embedding.task"][task]
+        z_v = linear(p, "hyper_embedding.visual", features) if vision[0] or vision[1] else None     # eq. (7)
+        task, image = ("", z, "projector"), ("visual_", z_v, "visual_projector")
+        self.prefixes = [task] * prefix + [image] * (prefix and vision[0])          # the task's first: eq. (9)
+        self.adapters = [task] * adapter + [image] * (adapter and vision[1])
 
     def norm(self, x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * self.p[f"t5.{name}.weight"]
@@ -56,11 +64,11 @@ class NumpyT5:
         p, c = self.p, self.c
         q, k, v = u @ p[f"t5.{name}.q.weight"].T, memory @ p[f"t5.{name}.k.weight"].T, memory @ p[f"t5.{name}.v.weight"].T
         n = 0
-        if self.prefix:
-            hyper = numpy_hyper_embedding(p, self.task, layer_id, BLOCK_TYPES.index(kind))
-            k = np.concatenate([linear(p, "prefix_hypernetwork.key", hyper), k])       # eq. (2), (3)
-            v = np.concatenate([linear(p, "prefix_hypernetwork.value", hyper), v])
-            n = len(hyper)
+        for side, z, projector in reversed(self.prefixes):
+            hyper = numpy_hyper_embedding(p, z, layer_id, BLOCK_TYPES.index(kind), projector)
+            k = np.concatenate([linear(p, f"{side}prefix_hypernetwork.key", hyper), k])     # eq. (2), (3), (9)
+            v = np.concatenate([linear(p, f"{side}prefix_hypernetwork.value", hyper), v])
+            n += len(hyper)
         heads = []
         for h in range(c.num_heads):
             part = slice(h * c.d_kv, (h + 1) * c.d_kv)
@@ -75,13 +83,13 @@ class NumpyT5:
         gate = u @ p[f"t5.{name}.wi_0.weight"].T
         gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
         y = (gate * (u @ p[f"t5.{name}.wi_1.weight"].T)) @ p[f"t5.{name}.wo.weight"].T
-        if self.adapter:
-            mean = numpy_hyper_embedding(p, self.task, layer_id, BLOCK_TYPES.index(kind)).mean(0)
-            a, d = "adapter_hypernetwork", self.c.d_model
+        for side, z, projector in self.adapters:
+            mean = numpy_hyper_embedding(p, z, layer_id, BLOCK_TYPES.index(kind), projector).mean(0)
+            a, d = f"{side}adapter_hypernetwork", self.c.d_model
             w_down = linear(p, f"{a}.down", mean).reshape(-1, d)                        # eq. (4)
             w_up = linear(p, f"{a}.up", mean).reshape(d, -1)
             hidden = np.maximum(u @ w_down.T + linear(p, f"{a}.down_bias", mean), 0)    # eq. (5)
-            y = y + p[f"{a}.scale"] * (hidden @ w_up.T + linear(p, f"{a}.up_bias", mean))  # eq. (6)
+            y = y + p[f"{a}.scale"] * (hidden @ w_up.T + linear(p, f"{a}.up_bias", mean))  # eq. (6), (10)
         return y
 
     def bias(self, stack, queries, keys, causal):
@@ -96,7 +104,9 @@ class NumpyT5:
 
     def encode(self, ids):
         x = self.p["t5.shared.weight"][ids]
-        bias = self.bias("encoder", len(ids), len(ids), False)
+        if self.tokens:
+            x = np.concatenate([linear(self.p, "image_tokens", self.features), x])
+        bias = self.bias("encoder", len(x), len(x), False)
         for i in range(self.c.num_layers):
             name = f"encoder.blocks.{i}"
             u = self.norm(x, f"{name}.self_norm")
@@ -133,16 +143,68 @@ def test_model_equals_numpy(method, task, tmp_path):
         assert np.abs(expected - logits[row, :real].numpy()).max() < 1e-3 * np.abs(expected).max(), row
 
 
+@pytest.mark.parametrize("method,vision", [("hyperpelt", "both"), ("hyperpelt", "prefix"), ("hyperpelt", "adapter"), ("hyperpelt", "tokens"),
+                                           ("hyperprefix", "both"), ("hyperadapter", "both")])
+def test_images_equal_numpy(method, vision, tmp_path):
+    """Eq. (7) to (10): every row of a batch has its own image; nothing leaks between rows; a text task sees no image."""
+    model = make(tmp_path, method=method, visual_width=9, vision=vision)
+    ids, mask, labels = inputs()
+    features = torch.randn(len(ids), 5, 9, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(ids, mask, labels, "rte", features=features)[0]
+        text = model(ids, mask, labels, "rte")[0]
+    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    for row in range(len(ids)):
+        real = int((labels[row] != -100).sum())
+        for found, image, ways in ((logits, features[row].double().numpy(), VISION[vision]), (text, None, (False,) * 3)):
+            independent = NumpyT5(p, model.t5.config, 0, *METHODS[method][:2], image, ways)
+            expected = independent.logits(ids[row][mask[row] == 1].numpy(), np.concatenate([[0], labels[row][:real - 1].numpy()]))
+            assert np.abs(expected - found[row, :real].numpy()).max() < 1e-3 * np.abs(expected).max(), row
+    assert (logits - text).abs().max() > 0.1
+
+
+def test_images_in_generation(tmp_path):
+    """Greedy and beam search with images: each row as it is alone; beams of a row share its image's weights."""
+    for method, vision in (("hyperpelt", "both"), ("norms", "tokens")):
+        model = make(tmp_path, method=method, visual_width=9, vision=vision)
+        ids, mask, _ = inputs(vocabulary=64)
+        features = 4 * torch.randn(len(ids), 5, 9, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            sites = model.generate_sites("rte")
+            for beams in (1, 3):
+                together = model.t5.generate(ids, mask, 8, beams, **model.inject(sites, features))
+                for row in range(len(ids)):
+                    one = slice(row, row + 1)
+                    alone = model.t5.generate(ids[one], mask[one], 8, beams, **model.inject(sites, features[one]))[0]
+                    assert torch.equal(together[row, :len(alone)], alone) and (together[row, len(alone):] == 0).all()
+            other = model.t5.generate(ids, mask, 8, 1, **model.inject(sites, features.flip(0)))
+            assert not torch.equal(other, model.t5.generate(ids, mask, 8, 1, **model.inject(sites, features)))
+
+
+def test_no_way_in_for_images():
+    with pytest.raises(hyperpelt.UserError, match="lets no image in"), torch.device("meta"):
+        HyperPELT(T5(T5Config.from_name("t5-small")), ["vqa"], HyperPELTConfig("norms", visual_width=9))
+
+
 def test_vector_form_and_norm(tmp_path):
     """per_position False: one hyper-embedding per site, whose heads emit all N rows; hyper_norm: layer norm on I."""
     model = make(tmp_path, per_position=False, hyper_norm=True)
     p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
     site = model.generate_sites("stsb")[DECODER_CROSS, 1]
-    hyper = numpy_hyper_embedding(p, 1, 3 + 1, BLOCK_TYPES.index(DECODER_CROSS))
+    hyper = numpy_hyper_embedding(p, p["hyper_embedding.task"][1], 3 + 1, BLOCK_TYPES.index(DECODER_CROSS))
     assert hyper.shape == (1, SMALL["hyper_dim"])
-    hyper = (hyper - hyper.mean()) / np.sqrt(hyper.var() + 1e-5) * p["hyper_embedding.norm.weight"] + p["hyper_embedding.norm.bias"]
+    hyper = (hyper - hyper.mean()) / np.sqrt(hyper.var() + 1e-5) * p["hyper_embedding.projector.norm.weight"] + p["hyper_embedding.projector.norm.bias"]
     expected = linear(p, "prefix_hypernetwork.key", hyper).reshape(SMALL["prefix_length"], 3, 16)
-    assert np.allclose(expected.transpose(1, 0, 2), site.keys.detach().numpy(), atol=1e-4)
+    assert np.allclose(expected.transpose(1, 0, 2), site.parts[0][0].detach().numpy(), atol=1e-4)
+    # an image's side of it: the mean of its cells stands for it
+    model = make(tmp_path, per_position=False, visual_width=9)
+    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    features = torch.randn(2, 7, 9)
+    site = model.add_images(model.generate_sites("stsb"), features)[DECODER_CROSS, 1]
+    z = linear(p, "hyper_embedding.visual", features[1].double().numpy()).mean(0, keepdims=True)
+    hyper = numpy_hyper_embedding(p, z, 3 + 1, BLOCK_TYPES.index(DECODER_CROSS), "visual_projector")
+    expected = linear(p, "visual_prefix_hypernetwork.key", hyper).reshape(SMALL["prefix_length"], 3, 16)
+    assert np.allclose(expected.transpose(1, 0, 2), site.parts[1][0][1].detach().numpy(), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ prefix
@@ -150,7 +212,7 @@ def test_vector_form_and_norm(tmp_path):
 def test_prefix_leaves_bias_and_mask_alone(tmp_path):
     """Real keys keep their bias, N columns of 0 stand in front, for padded rows and later steps too."""
     stack = make(tmp_path).t5.decoder
-    prefix = Prefix(torch.zeros(3, 5, 16), torch.zeros(3, 5, 16))
+    prefix = Prefix((torch.zeros(3, 5, 16), torch.zeros(3, 5, 16)))
     for module in (stack, make(tmp_path).t5.encoder):
         padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
         plain, extended = (module.self_mask(4, 0, padding, p, torch.float32) for p in (None, prefix))
@@ -164,7 +226,7 @@ def test_prefix_leaves_bias_and_mask_alone(tmp_path):
 def test_masked_prefix_is_the_plain_model(tmp_path, monkeypatch):
     """With the prefix columns masked out by hand, bias and all, the logits are the plain model's."""
     t5 = make(tmp_path, method="norms").t5
-    sites = {(kind, i): Prefix(torch.randn(3, 5, 16), torch.randn(3, 5, 16))
+    sites = {(kind, i): Prefix((torch.randn(3, 5, 16), torch.randn(3, 5, 16)))
              for kind, count in ((ENCODER_SELF, 3), (DECODER_SELF, 2), (DECODER_CROSS, 2)) for i in range(count)}
     ids, mask, labels = inputs()
     with torch.no_grad():
@@ -179,7 +241,7 @@ def test_zero_prefix_still_takes_mass(tmp_path):
     """With all-zero keys and values the output shrinks; it is not the plain model's."""
     t5 = make(tmp_path, method="norms").t5
     ids, mask, labels = inputs()
-    sites = {(ENCODER_SELF, i): Prefix(torch.zeros(3, 5, 16), torch.zeros(3, 5, 16)) for i in range(3)}
+    sites = {(ENCODER_SELF, i): Prefix((torch.zeros(3, 5, 16), torch.zeros(3, 5, 16))) for i in range(3)}
     with torch.no_grad():
         assert (t5(ids, mask, labels, sites)[0] - t5(ids, mask, labels)[0]).abs().max() > 1e-2
 
@@ -192,7 +254,7 @@ def test_cached_decoding_equals_uncached(kind, tmp_path):
     with torch.no_grad():
         sites = model.generate_sites("rte")
         found = model.t5.generate(ids, mask, max_new_tokens=9, sites=sites)
-        memory, sequence = model.t5.encode(ids, mask, sites), torch.zeros(len(ids), 1, dtype=torch.long)
+        (memory, _), sequence = model.t5.encode(ids, mask, sites), torch.zeros(len(ids), 1, dtype=torch.long)
         done = torch.zeros(len(ids), dtype=torch.bool)
         for _ in range(found.size(1)):
             token = model.t5.decode(sequence, memory, mask, sites)[:, -1].argmax(-1).masked_fill(done, 0)
