@@ -1,4 +1,4 @@
-"""GLUE files -> text-to-text examples, splits, batches, metrics. Numbers and text only: no model in sight.
+"""Files of GLUE, VQA, captions -> text-to-text examples, splits, batches, metrics. Numbers and text only: no model, no image.
 
     python data.py --task rte --data-dir glue                # split sizes and five examples as the model sees them
     python data.py --task rte --data-dir glue --download     # fetch the official files first
@@ -21,7 +21,9 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,8 @@ class Example:
     target: str     # "" where the file has no label
     gold: object    # label as the file writes it, or a float
     index: str      # the file's own row id where it has one, else the row's number from 0
+    image: object = None   # (image set, image id), two strings: ("train2014", "9")
+    targets: tuple = ()    # right answers, (text, weight): training draws one by weight; empty: `target`, else the likeliest of them
 
     @property
     def source(self):
@@ -164,6 +168,14 @@ def parse_number(text):
 
 
 def find_folder(task, data_dir):
+    """-> the folder of a task's files below data_dir; for an image task also data_dir itself. Raises UserError."""
+    if isinstance(task, ImageTask):
+        folders = [Path(data_dir) / task.folder, Path(data_dir) / "vl" / task.folder]
+        folders = [folder for folder in folders if folder.is_dir()] + [Path(data_dir) for name in task.first if (Path(data_dir) / name).exists()]
+        if not folders:
+            raise UserError(f"{Path(data_dir) / task.folder}: no such folder (nor {Path('vl') / task.folder} below {data_dir}, nor"
+                            f" {' or '.join(task.first)} in it); expected the official files of {task.name}")
+        return folders[0]
     for folder in (Path(data_dir) / task.folder, Path(data_dir) / "glue" / task.folder):
         if folder.is_dir():
             return folder
@@ -205,7 +217,15 @@ def make_splits(task, data_dir, scheme="paper"):
     scheme "paper": fewer than 10,000 training rows: the validation file is halved into validation and test; else 1,000
     training rows become validation (and leave training), the validation file is test (HyperPELT, section 5.1).
     scheme "official": train and validation as the files are; no test, whose labels are not public.
+    An image task has its official splits, except that vqa and caption have Karpathy's where dataset_coco.json is found.
     """
+    if isinstance(task, ImageTask):
+        folder = find_folder(task, data_dir)
+        splits = task.read(task, folder, scheme)
+        if not splits.get("train") or not splits.get("validation"):
+            found = ", ".join(f"{len(splits.get(name, ())):,} of {name}" for name in ("train", "validation"))
+            raise UserError(f"{folder}: found examples: {found}; expected at least 1 of each")
+        return splits
     splits = {name: read_split(task, data_dir, name) for name in task.files if not name.startswith("submission")}
     if len(splits["train"]) < 2 or len(splits["validation"]) < 2:
         raise UserError(f"{find_folder(task, data_dir)}: found {len(splits['train'])} training and {len(splits['validation'])}"
@@ -231,7 +251,7 @@ def encode_source(parts, encode, max_length):
         return ids
     pieces = [encode(part)[:-1] for part in parts]
     for _ in range(sum(map(len, pieces)) + 1 - max_length):
-        longest = max(pieces[1::2], key=len)                      # odd parts are fields, even ones their names
+        longest = max(pieces[1::2], key=len, default=[])          # odd parts are fields, even ones their names
         if longest:
             longest.pop()
     return sum(pieces, []) + ids[-1:]
@@ -314,6 +334,8 @@ def parse_answers(task, texts):
 
 def score(task, texts, examples):
     """Generated texts against the gold of their examples -> {metric: value}."""
+    if isinstance(task, ImageTask):
+        return task.score(task, texts, examples)
     gold = np.array([e.gold if not task.labels else list(task.labels).index(e.gold) for e in examples])
     return {metric: globals()[metric](parse_answers(task, texts), gold) for metric in task.metrics}
 
@@ -328,6 +350,362 @@ def write_submission(path, task, texts, examples):
     rows = [f"{e.index}\t{order[max(a, 0)] if order else f'{min(max(a, 0), 5):.3f}'}\n" for e, a in zip(examples, answers)]
     write_whole(path, "".join(["index\tprediction\n", *rows]).encode())
     return int(np.sum(answers < 0))
+
+
+# ----------------------------------------------------------------------------------------------- vision and language
+# An image is a pair of strings, (image set, image id) as in ("train2014", "9"); its features are found by that pair.
+
+@dataclass
+class ImageTask:
+    name: str          # chooses the keys of the results file
+    folder: str        # below the data folder or its vl/
+    first: tuple       # files by which a data folder itself is seen to be the task's; reading starts from the first one's name
+    prompt: str        # the first part of every source text
+    read: object       # (task, folder, scheme) -> {split: [Example]}
+    metrics: tuple     # those that choose the best checkpoint
+    score: object      # (task, texts, examples) -> {metric: value}, may hold more than these
+    max_answer: int    # tokens of the longest answer
+    beams: int         # of the search for it [X: VL-T5, VL-Adapter]
+    results: str       # name of the file of predictions
+    labels: dict = field(default_factory=dict)  # label in the file -> label word
+
+
+ID, TEXT, LIST = (int, str), (str,), (list,)
+KINDS = {int: "a whole number", str: "a string", list: "a list"}
+KARPATHY = dict(train="train", restval="train", val="validation", test="test")  # restval: the part of val2014 that trains
+
+
+def named(names):
+    """The first five of some names, each once, as text."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def check_entry(path, place, entry, kinds):
+    """Raises UserError unless `entry` is a JSON object that holds every key of `kinds`, of one of the types named there."""
+    for key, kind in kinds.items():
+        if type(entry) is not dict or type(entry.get(key)) not in kind:
+            found = f"{key} {str(entry[key])[:40]!r}" if type(entry) is dict and key in entry else f"no {key} in {str(entry)[:60]}"
+            raise UserError(f"{path}: {place}: found {found}, expected {key} as {' or '.join(KINDS[k] for k in kind)}")
+
+
+def read_entries(path, file, part, key, **kinds):
+    """A list of objects in a JSON file, read from path -> {str(object[key]): object}, in the file's order.
+
+    Raises UserError where there is no such list, naming the entry (from 0) that lacks a key, holds
+    another type there than `kinds` has, or repeats another one's `key`.
+    """
+    rows, found, kinds = file.get(part), {}, {key: ID, **kinds}
+    if type(rows) is not list:
+        raise UserError(f"{path}: {part} holds {str(rows)[:40]}, expected a list")
+    for number, row in enumerate(rows):
+        check_entry(path, f"{part}[{number}]", row, kinds)
+        if found.setdefault(str(row[key]), row) is not row:
+            raise UserError(f"{path}: {part}[{number}]: found {key} {row[key]} a second time, expected it once")
+    return found
+
+
+def find_karpathy(task, folder):
+    """-> path of dataset_coco.json: in the task's folder, in the data folder's COCO or vl/COCO, or the data folder; or None."""
+    root = folder.parent if folder.name == task.folder else folder
+    root = root.parent if root.name == "vl" else root
+    paths = [place / "dataset_coco.json" for place in (folder, root / "COCO", root / "vl" / "COCO", root, root / "vl")]
+    return next((path for path in paths if path.exists()), None)
+
+
+def read_karpathy(path, **kinds):
+    """dataset_coco.json -> {str(cocoid): object}, "split" being one of ours. Raises UserError."""
+    images = read_entries(path, read_json(path), "images", "cocoid", split=TEXT, **kinds)
+    for key, image in images.items():
+        if image["split"] not in KARPATHY:
+            raise UserError(f"{path}: cocoid {key}: found split {image['split']!r}, expected one of {', '.join(KARPATHY)}")
+        image["split"] = KARPATHY[image["split"]]
+    return images
+
+
+def leave_one_out(n, k):
+    """VQA accuracy of an answer that n of k annotators gave: min(1, matches / 3) among the others, averaged over who is left
+    out; of ten, 0, 1, 2, 3, 4: 0, .3, .6, .9, 1. An only annotator is not left out [C]: officially nothing would be right."""
+    return (n * min(1, (n - 1) / 3) + (k - n) * min(1, n / 3)) / k if k > 1 else float(n)
+
+
+def read_questions(task, folder, subset, labelled=True):
+    """VQAv2's question and annotation file of train2014, val2014, test2015, ... -> list of Example.
+
+    gold: {"answers": [the annotators' answers as they are], "kind": answer type}; index: question id. targets: every
+    distinct answer weighted by its accuracy. Raises UserError, also where the two files do not hold the same questions.
+    """
+    path = folder / task.first[0].replace("train2014", subset)
+    file = read_json(path)
+    questions, image_set = read_entries(path, file, "questions", "question_id", image_id=ID, question=TEXT), file.get("data_subtype")
+    if type(image_set) is not str:
+        raise UserError(f"{path}: found data_subtype {image_set!r}, expected the name of an image set such as {subset}")
+    image_set = image_set.replace("test-dev", "test")              # test-dev asks about a part of test2015's images
+    answers = {}
+    if labelled:
+        other = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+        answers = read_entries(other, read_json(other), "annotations", "question_id", answers=LIST, answer_type=TEXT)
+        for one, two, what in ((questions, answers, f"questions of {path.name} have no annotation"),
+                               (answers, questions, f"annotations have no question in {path.name}")):
+            if absent := [key for key in one if key not in two]:
+                raise UserError(f"{other}: {len(absent)} of {len(one)} {what}: {named(absent)}")
+    examples = []
+    for key, question in questions.items():
+        target, targets, gold = "", (), None
+        if labelled:
+            try:
+                given = [sys.intern(answer["answer"]) for answer in answers[key]["answers"]]  # a few strings, many times
+            except (TypeError, KeyError):
+                given = []
+            if not given:
+                raise UserError(f"{other}: question_id {key}: found answers {str(answers[key]['answers'])[:40]}, expected a list of"
+                                ' at least one {"answer": "..."}')
+            stripped = [answer.strip() for answer in given]
+            targets = tuple((a, leave_one_out(stripped.count(a), len(given))) for a in dict.fromkeys(stripped) if a)
+            target = max(targets, key=lambda pair: pair[1])[0] if targets else ""
+            gold = dict(answers=given, kind=answers[key]["answer_type"])
+        examples.append(Example([task.prompt, question["question"].strip()], target, gold, key, (image_set, str(question["image_id"])), targets))
+    return examples
+
+
+def read_vqa(task, folder, scheme):
+    """VQAv2 or OK-VQA -> {split: [Example]}: train2014 and val2014, or for VQAv2 in the paper's scheme Karpathy's splits."""
+    splits = dict(train=read_questions(task, folder, "train2014"), validation=read_questions(task, folder, "val2014"))
+    if task.name != "vqa" or scheme == "official":
+        return splits
+    path = find_karpathy(task, folder)
+    if not path:
+        print(f"note: {folder}: no dataset_coco.json there or in COCO: the official splits stand in for Karpathy's", file=sys.stderr)
+        return splits
+    images, examples = read_karpathy(path), splits["train"] + splits["validation"]
+    if absent := [e.image[1] for e in examples if e.image[1] not in images]:
+        raise UserError(f"{path}: {len(absent)} of {len(examples)} questions of {folder} ask about an image that is not there: {named(absent)}")
+    return {split: [e for e in examples if images[e.image[1]]["split"] == split] for split in ("train", "validation", "test")}
+
+
+def read_gqa(task, folder, scheme):
+    """GQA's balanced questions -> {split: [Example]}; test is testdev, where it is there. gold: the answer."""
+    splits = {}
+    for split, name in (("train", "train"), ("validation", "val"), ("test", "testdev")):
+        path = folder / f"{name}_balanced_questions.json"
+        if split == "test" and not path.exists():
+            continue
+        splits[split] = []
+        for key, row in read_json(path).items():
+            check_entry(path, f"question {key}", row, dict(question=TEXT, imageId=ID, answer=TEXT))
+            parts = [task.prompt, row["question"].strip()]
+            splits[split].append(Example(parts, row["answer"].strip(), row["answer"], key, ("gqa", str(row["imageId"]))))
+    return splits
+
+
+def read_captions(task, folder, scheme):
+    """COCO captions -> {split: [Example]}, an Example an image: Karpathy's splits where dataset_coco.json is, unless the
+    scheme is official and captions_{train,val}2014.json are there too. gold: all captions; targets: each with weight 1."""
+    path, splits, rows = find_karpathy(task, folder), {}, []
+    if path and (scheme != "official" or not (folder / task.first[0]).exists()):
+        for key, image in read_karpathy(path, filepath=TEXT, sentences=LIST).items():
+            for number, sentence in enumerate(image["sentences"]):
+                check_entry(path, f"cocoid {key}: sentences[{number}]", sentence, dict(raw=TEXT))
+            rows.append((path, image["split"], image["filepath"], key, [sentence["raw"] for sentence in image["sentences"]]))
+    else:
+        for split, subset in (("train", "train2014"), ("validation", "val2014")):
+            path = folder / task.first[0].replace("train2014", subset)
+            file = read_json(path)
+            captions = {key: [] for key in read_entries(path, file, "images", "id")}
+            for key, row in read_entries(path, file, "annotations", "id", image_id=ID, caption=TEXT).items():
+                if str(row["image_id"]) not in captions:
+                    raise UserError(f"{path}: annotation {key}: found image_id {row['image_id']}, which is none of the file's images")
+                captions[str(row["image_id"])].append(row["caption"])
+            rows += [(path, split, subset, key, texts) for key, texts in captions.items()]
+    for path, split, image_set, key, texts in rows:
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts:
+            raise UserError(f"{path}: image {key}: found no captions, expected at least one")
+        targets = tuple((text, 1.0) for text in texts)
+        splits.setdefault(split, []).append(Example([task.prompt], texts[0], texts, key, (image_set, key), targets))
+    return splits
+
+
+def read_snlive(task, folder, scheme):
+    """SNLI-VE, a JSON object a line -> {split: [Example]}, without the rows on whose label the annotators disagree ("-")."""
+    splits = {}
+    for split, name in (("train", "train"), ("validation", "dev"), ("test", "test")):
+        path = folder / f"snli_ve_{name}.jsonl"
+        if split == "test" and not path.exists():
+            continue
+        if not path.exists():
+            raise UserError(f"{path}: no such file, expected the {split} split of {task.name}")
+        splits[split] = []
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number}: not JSON: {error}") from None
+            names = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")  # the last is what the official generator writes
+            image = next((name for name in names if type(row) is dict and name in row), names[0])
+            check_entry(path, f"line {number}", row, {"gold_label": TEXT, "sentence2": TEXT, image: ID})
+            gold = row["gold_label"]
+            if gold != "-" and gold not in task.labels:
+                raise UserError(f"{path}: line {number}: found label {gold!r}, expected one of {', '.join(task.labels)}")
+            if gold != "-":
+                splits[split].append(Example([task.prompt, row["sentence2"].strip()], task.labels[gold], gold, str(row.get("pairID", number)),
+                                             ("flickr30k", str(row[image]).removesuffix(".jpg"))))
+    return splits
+
+
+def read_unlabelled(task, data_dir):
+    """The test questions whose answers only the server has -> list of Example: VQAv2's test2015, else test-dev2015.
+    Raises UserError for the other tasks, which have none."""
+    if not isinstance(task, ImageTask) or task.name != "vqa":
+        raise UserError(f"task {task.name} has no test questions without answers; of the image tasks only vqa has")
+    folder = find_folder(task, data_dir)
+    subset = next((name for name in ("test2015", "test-dev2015") if (folder / task.first[0].replace("train2014", name)).exists()), "test2015")
+    return read_questions(task, folder, subset, labelled=False)
+
+
+def join_features(examples, ids, where, folder):
+    """Examples and {image set: {image id: row}} -> int64 array [rows]: the row of each example's image in its set.
+
+    Raises UserError that counts the examples without features and names images; `where` and `folder` are words for it:
+    12 of 500 examples of vqa validation have no features in FOLDER: train2014/9, ...
+    """
+    rows = [ids.get(e.image[0], {}).get(e.image[1], -1) for e in examples]
+    if absent := ["/".join(e.image) for e, row in zip(examples, rows) if row < 0]:
+        raise UserError(f"{len(absent)} of {len(examples)} examples of {where} have no features in {folder}: {named(absent)}")
+    return np.array(rows, np.int64)
+
+
+# The normalisation of the official VQA evaluator (GT-Vision-Lab/VQA, vqaEval.py), with all its quirks. Its table of contractions
+# maps a word that lacks one of its apostrophes to the word; one entry is the wrong way round, and stays so.
+NUMBERS = {word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
+    how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+    something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas
+    wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
+    why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+    """.split() for i, letter in enumerate(word) if letter == "'"} | {"somebody'd": "somebodyd"}
+
+
+@lru_cache(1 << 18)
+def normalise_answer(text):
+    """Officially: marks are dropped where one stands beside a space, or anywhere if a comma stands between digits, else they
+    become spaces; periods go unless a digit follows (the look-behind in the official pattern never matches, and its flag
+    is taken as a count of 32); then lower case, number words, no articles, apostrophes."""
+    out, comma = text, re.search(r"\d,\d", text)
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        if mark in text:
+            out = out.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
+    out = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", out, count=32).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in out if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(text, answers):
+    """The official accuracy of one answer, 0 to 1. Both sides are normalised only where the annotators' answers differ."""
+    text, *answers = (one.replace("\n", " ").replace("\t", " ").strip() for one in (text, *answers))
+    if len(set(answers)) > 1:
+        text, *answers = map(normalise_answer, (text, *answers))
+    return leave_one_out(answers.count(text), len(answers))
+
+
+def score_vqa(task, texts, examples):
+    """-> {"accuracy": mean over the questions, "yes/no": ..., "number": ..., "other": ...}, kinds without questions left out."""
+    values = np.array([vqa_accuracy(text, e.gold["answers"]) for text, e in zip(texts, examples)])
+    kinds = np.array([e.gold["kind"] for e in examples])
+    return {"accuracy": float(values.mean())} | {kind: float(values[kinds == kind].mean()) for kind in ("yes/no", "number", "other") if kind in kinds}
+
+
+def score_exact(task, texts, examples):
+    """-> {"accuracy": share of the texts that are the gold answer, upper and lower case alike}."""
+    return {"accuracy": float(np.mean([text.strip().lower() == e.gold.strip().lower() for text, e in zip(texts, examples)]))}
+
+
+def tokenize_caption(text):
+    """Caption -> list of words, lower case, without punctuation. Ours [C]: what the official Java tokenizer (PTB) gives in the
+    plain cases: don't -> do n't, dog's -> dog 's, t-shirt and 2,000 and 10:30 stay whole; rarer things may differ."""
+    text = re.sub(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b", r" \1", text.lower().replace("\u2019", "'"))
+    return re.findall(r"(?<!\S)(?:n't|'(?:s|re|ve|ll|d|m))\b|\d+(?:[.,:]\d+)+|\w+(?:-\w+)*|[$%&#@]", text)
+
+
+def ngrams(words):
+    """-> Counter of all 1- to 4-grams."""
+    return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def cider(hypotheses, references):
+    """CIDEr-D, 0 to 10: lists of words [images], lists of lists of words [images][references] -> float, as pycocoevalcap's.
+
+    Cosine of tf-idf vectors of n-grams, n = 1 to 4, the hypothesis' entries cut to the reference's, times a penalty on
+    different lengths, sigma 6; idf over these very references, so that a single image scores 0.
+    """
+    references = [[(ngrams(words), len(words)) for words in image] for image in references]
+    frequency = Counter(gram for image in references for gram in set().union(*(grams for grams, _ in image)))
+    idf = lambda gram: math.log(len(references)) - math.log(max(1, frequency[gram]))
+
+    def vectors(grams):
+        parts = [{}, {}, {}, {}]
+        for gram, count in grams.items():
+            parts[len(gram) - 1][gram] = count * idf(gram)
+        return [(part, math.sqrt(sum(value * value for value in part.values()))) for part in parts]
+
+    total = 0.0
+    for words, image in zip(hypotheses, references):
+        mine = vectors(ngrams(words))
+        for grams, length in image:
+            # Officially a sentence's length is its number of bigrams: a word alone is as long as nothing.
+            penalty = math.exp(-(max(len(words), 1) - max(length, 1)) ** 2 / (2 * 6.0 ** 2))
+            for (a, norm_a), (b, norm_b) in zip(mine, vectors(grams)):
+                if norm_a and norm_b:
+                    dot = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
+                    total += 10 / 4 * penalty * dot / (norm_a * norm_b) / len(image)
+    return total / len(references)
+
+
+def bleu4(hypotheses, references):
+    """Corpus BLEU-4, 0 to 1, same arguments: the length penalty takes for each image the reference closest in length."""
+    guessed, correct, length, closest = np.zeros(4), np.zeros(4), 0, 0
+    for words, image in zip(hypotheses, references):
+        most = Counter()
+        for reference in image:
+            most |= ngrams(reference)                             # the largest count in any one reference
+        length, closest = length + len(words), closest + min((abs(len(r) - len(words)), len(r)) for r in image)[1]
+        for gram, count in ngrams(words).items():
+            guessed[len(gram) - 1] += count
+            correct[len(gram) - 1] += min(count, most[gram])
+    if not correct.all():
+        return 0.0
+    return float(np.exp(np.log(correct / guessed).mean() + min(0, 1 - closest / length)))
+
+
+def score_captions(task, texts, examples):
+    """-> {"cider": 0 to 10 (papers print it times 100, so 1.2 as 120), "bleu4": 0 to 1}."""
+    hypotheses, references = [tokenize_caption(text) for text in texts], [[tokenize_caption(text) for text in e.gold] for e in examples]
+    return {"cider": cider(hypotheses, references), "bleu4": bleu4(hypotheses, references)}
+
+
+def write_results(path, task, texts, examples):
+    """Predictions as the official evaluators read them: VQAv2, OK-VQA and COCO a list of objects with a number as id, GQA with
+    its id as text; SNLI-VE, which has no such format, as a line {"pairID", "gold_label"} for each example."""
+    key, value = dict(vqa=("question_id", "answer"), okvqa=("question_id", "answer"), caption=("image_id", "caption"),
+                      gqa=("questionId", "prediction"), snlive=("pairID", "gold_label"))[task.name]
+    number = lambda index: int(index) if key in ("question_id", "image_id") and re.fullmatch("0|[1-9][0-9]*", index) else index
+    rows = [{key: number(e.index), value: text} for text, e in zip(texts, examples)]
+    write_whole(path, ("".join(json.dumps(row) + "\n" for row in rows) if task.name == "snlive" else json.dumps(rows)).encode())
+
+
+IMAGE_TASKS = {task.name: task for task in (  # vqa:, gqa:, caption: are VL-T5's prompts [X], the other two are like them [C]
+    ImageTask("vqa", "VQAv2", ("v2_OpenEnded_mscoco_train2014_questions.json",), "vqa:", read_vqa, ("accuracy",), score_vqa, 10, 1, "VQAv2.json"),
+    ImageTask("gqa", "GQA", ("train_balanced_questions.json",), "gqa:", read_gqa, ("accuracy",), score_exact, 10, 1, "GQA.json"),
+    ImageTask("okvqa", "OKVQA", ("OpenEnded_mscoco_train2014_questions.json",), "okvqa:", read_vqa, ("accuracy",), score_vqa, 10, 1, "OKVQA.json"),
+    ImageTask("caption", "COCO", ("captions_train2014.json", "dataset_coco.json"), "caption:", read_captions, ("cider",), score_captions,
+              40, 5, "COCO.json"),
+    ImageTask("snlive", "SNLI-VE", ("snli_ve_train.jsonl",), "snlive hypothesis:", read_snlive, ("accuracy",), score_exact, 8, 1,
+              "SNLI-VE.jsonl", words("entailment", "neutral", "contradiction")),
+)}
+VL = ["vqa", "gqa", "caption"]  # trained together in the paper
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -453,6 +831,8 @@ def unpack(archive, folder):
 
 def download_task(task, data_dir):
     """Fetch those official files of a task that are not there yet into data_dir/FOLDER, and count their rows."""
+    if isinstance(task, ImageTask):
+        raise UserError(f"the files of {task.name} are not downloaded: put the official ones into {Path(data_dir) / task.folder}")
     folder = Path(data_dir) / task.folder
     wanted = list(task.files.values())
     for place in (folder, Path(data_dir) / "glue" / task.folder):
@@ -471,9 +851,11 @@ def download_task(task, data_dir):
 
 
 def find_task(name):
-    if name not in TASKS:
-        raise UserError(f"task {name!r} is unknown; the known ones are {', '.join(TASKS)}")
-    return TASKS[name]
+    """Name -> Task or ImageTask. Raises UserError."""
+    tasks = {**TASKS, **IMAGE_TASKS}
+    if name not in tasks:
+        raise UserError(f"task {name!r} is unknown; the known ones are {', '.join(tasks)}")
+    return tasks[name]
 
 
 class Parser(argparse.ArgumentParser):
@@ -485,8 +867,8 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}")
-    parser.add_argument("--data-dir", required=True, help="folder with RTE/train.tsv or glue/RTE/train.tsv")
+    parser.add_argument("--task", required=True, help=f"one of {', '.join([*TASKS, *IMAGE_TASKS])}")
+    parser.add_argument("--data-dir", required=True, help="folder with RTE/train.tsv or glue/RTE/train.tsv, VQAv2/ or vl/VQAv2/, ...")
     parser.add_argument("--split", default="paper", choices=["paper", "official"], help="which splits (default: paper)")
     parser.add_argument("--download", action="store_true", help="fetch the official files if they are not there")
     args = parser.parse_args()
@@ -496,7 +878,8 @@ def main():
     splits = make_splits(task, args.data_dir, args.split)
     print(", ".join(f"{name} {len(rows):,}" for name, rows in splits.items()))
     for example in splits["train"][:5]:
-        print(f"\n{example.source}\n  -> {example.target}")
+        image = f"[{'/'.join(example.image)}] " if example.image else ""
+        print(f"\n{image}{example.source}\n  -> {example.target}")
 
 
 def leave(message, code):
