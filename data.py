@@ -625,9 +625,9 @@ def score_exact(task, texts, examples):
 
 def tokenize_caption(text):
     """Caption -> list of words, lower case, without punctuation. Ours [C]: what the official Java tokenizer (PTB) gives in the
-    plain cases: don't -> do n't, dog's -> dog 's, t-shirt and 2,000 and 10:30 stay whole; rarer things may differ."""
-    text = re.sub(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))\b", r" \1", text.lower().replace("\u2019", "'"))
-    return re.findall(r"(?<!\S)(?:n't|'(?:s|re|ve|ll|d|m))\b|\d+(?:[.,:]\d+)+|\w+(?:-\w+)*|[$%&#@]", text)
+    plain cases: don't -> do n't, dog's -> dog 's, t-shirt, and/or, a.m. and 10:30 stay whole; rarer things (mr., brackets) differ."""
+    text = re.sub(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m)|(?<=\bcan)not)\b", r" \1", text.lower().replace("\u2019", "'"))
+    return re.findall(r"(?<!\S)(?:n't|'(?:s|re|ve|ll|d|m))\b|o'clock|\b(?:[a-z]\.){2,}|\d+(?:[.,:]\d+)+|@?\w+(?:[-/&]\w+)*|[$%&#@*=+]", text)
 
 
 def ngrams(words):
@@ -675,9 +675,8 @@ def bleu4(hypotheses, references):
         for gram, count in ngrams(words).items():
             guessed[len(gram) - 1] += count
             correct[len(gram) - 1] += min(count, most[gram])
-    if not correct.all():
-        return 0.0
-    return float(np.exp(np.log(correct / guessed).mean() + min(0, 1 - closest / length)))
+    precision = (correct + 1e-15) / (guessed + 1e-9)              # pycocoevalcap's way around a division by zero
+    return float(precision.prod() ** 0.25 * math.exp(min(0, 1 - (closest + 1e-9) / (length + 1e-15))))
 
 
 def score_captions(task, texts, examples):
