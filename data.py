@@ -2,6 +2,7 @@
 
     python data.py --task rte --data-dir glue                # split sizes and five examples as the model sees them
     python data.py --task rte --data-dir glue --download     # fetch the official files first
+    python data.py --task vqa --data-dir vl                  # vl/VQAv2 holds the official files
 
 A row of a file becomes an Example: `source` text (task name, then the fields), `target` text (a label word), `gold`.
 Formats: T5's own (Raffel et al. 2020, appendix D), since public T5 checkpoints have seen them. Splits: see `make_splits`.
@@ -171,7 +172,8 @@ def find_folder(task, data_dir):
     """-> the folder of a task's files below data_dir; for an image task also data_dir itself. Raises UserError."""
     if isinstance(task, ImageTask):
         folders = [Path(data_dir) / task.folder, Path(data_dir) / "vl" / task.folder]
-        folders = [folder for folder in folders if folder.is_dir()] + [Path(data_dir) for name in task.first if (Path(data_dir) / name).exists()]
+        folders = [folder for folder in folders if folder.is_dir()]
+        folders += [Path(data_dir) for name in task.first if (Path(data_dir) / name).exists()]
         if not folders:
             raise UserError(f"{Path(data_dir) / task.folder}: no such folder (nor {Path('vl') / task.folder} below {data_dir}, nor"
                             f" {' or '.join(task.first)} in it); expected the official files of {task.name}")
@@ -217,7 +219,7 @@ def make_splits(task, data_dir, scheme="paper"):
     scheme "paper": fewer than 10,000 training rows: the validation file is halved into validation and test; else 1,000
     training rows become validation (and leave training), the validation file is test (HyperPELT, section 5.1).
     scheme "official": train and validation as the files are; no test, whose labels are not public.
-    An image task has its official splits, except that vqa and caption have Karpathy's where dataset_coco.json is found.
+    Image tasks have their official splits; in the paper's scheme vqa and caption have Karpathy's if dataset_coco.json is found.
     """
     if isinstance(task, ImageTask):
         folder = find_folder(task, data_dir)
@@ -464,7 +466,8 @@ def read_questions(task, folder, subset, labelled=True):
             targets = tuple((a, leave_one_out(stripped.count(a), len(given))) for a in dict.fromkeys(stripped) if a)
             target = max(targets, key=lambda pair: pair[1])[0] if targets else ""
             gold = dict(answers=given, kind=answers[key]["answer_type"])
-        examples.append(Example([task.prompt, question["question"].strip()], target, gold, key, (image_set, str(question["image_id"])), targets))
+        image = (image_set, str(question["image_id"]))
+        examples.append(Example([task.prompt, question["question"].strip()], target, gold, key, image, targets))
     return examples
 
 
@@ -479,7 +482,8 @@ def read_vqa(task, folder, scheme):
         return splits
     images, examples = read_karpathy(path), splits["train"] + splits["validation"]
     if absent := [e.image[1] for e in examples if e.image[1] not in images]:
-        raise UserError(f"{path}: {len(absent)} of {len(examples)} questions of {folder} ask about an image that is not there: {named(absent)}")
+        raise UserError(f"{path}: {len(absent)} of {len(examples)} questions of {folder} ask about an image that is not there:"
+                        f" {named(absent)}")
     return {split: [e for e in examples if images[e.image[1]]["split"] == split] for split in ("train", "validation", "test")}
 
 
@@ -550,8 +554,8 @@ def read_snlive(task, folder, scheme):
             if gold != "-" and gold not in task.labels:
                 raise UserError(f"{path}: line {number}: found label {gold!r}, expected one of {', '.join(task.labels)}")
             if gold != "-":
-                splits[split].append(Example([task.prompt, row["sentence2"].strip()], task.labels[gold], gold, str(row.get("pairID", number)),
-                                             ("flickr30k", str(row[image]).removesuffix(".jpg"))))
+                splits[split].append(Example([task.prompt, row["sentence2"].strip()], task.labels[gold], gold,
+                                             str(row.get("pairID", number)), ("flickr30k", str(row[image]).removesuffix(".jpg"))))
     return splits
 
 
@@ -561,8 +565,9 @@ def read_unlabelled(task, data_dir):
     if not isinstance(task, ImageTask) or task.name != "vqa":
         raise UserError(f"task {task.name} has no test questions without answers; of the image tasks only vqa has")
     folder = find_folder(task, data_dir)
-    subset = next((name for name in ("test2015", "test-dev2015") if (folder / task.first[0].replace("train2014", name)).exists()), "test2015")
-    return read_questions(task, folder, subset, labelled=False)
+    whole = (folder / task.first[0].replace("train2014", "test2015")).exists()
+    part = (folder / task.first[0].replace("train2014", "test-dev2015")).exists()
+    return read_questions(task, folder, "test-dev2015" if part and not whole else "test2015", labelled=False)
 
 
 def join_features(examples, ids, where, folder):
@@ -615,7 +620,8 @@ def score_vqa(task, texts, examples):
     """-> {"accuracy": mean over the questions, "yes/no": ..., "number": ..., "other": ...}, kinds without questions left out."""
     values = np.array([vqa_accuracy(text, e.gold["answers"]) for text, e in zip(texts, examples)])
     kinds = np.array([e.gold["kind"] for e in examples])
-    return {"accuracy": float(values.mean())} | {kind: float(values[kinds == kind].mean()) for kind in ("yes/no", "number", "other") if kind in kinds}
+    known = [kind for kind in ("yes/no", "number", "other") if kind in kinds]
+    return {"accuracy": float(values.mean())} | {kind: float(values[kinds == kind].mean()) for kind in known}
 
 
 def score_exact(task, texts, examples):
@@ -655,8 +661,7 @@ def cider(hypotheses, references):
     for words, image in zip(hypotheses, references):
         mine = vectors(ngrams(words))
         for grams, length in image:
-            # Officially a sentence's length is its number of bigrams: a word alone is as long as nothing.
-            penalty = math.exp(-(max(len(words), 1) - max(length, 1)) ** 2 / (2 * 6.0 ** 2))
+            penalty = math.exp(-(len(words) - length) ** 2 / (2 * 6.0 ** 2))
             for (a, norm_a), (b, norm_b) in zip(mine, vectors(grams)):
                 if norm_a and norm_b:
                     dot = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
@@ -681,7 +686,8 @@ def bleu4(hypotheses, references):
 
 def score_captions(task, texts, examples):
     """-> {"cider": 0 to 10 (papers print it times 100, so 1.2 as 120), "bleu4": 0 to 1}."""
-    hypotheses, references = [tokenize_caption(text) for text in texts], [[tokenize_caption(text) for text in e.gold] for e in examples]
+    hypotheses = [tokenize_caption(text) for text in texts]
+    references = [[tokenize_caption(text) for text in e.gold] for e in examples]
     return {"cider": cider(hypotheses, references), "bleu4": bleu4(hypotheses, references)}
 
 
@@ -696,9 +702,11 @@ def write_results(path, task, texts, examples):
 
 
 IMAGE_TASKS = {task.name: task for task in (  # vqa:, gqa:, caption: are VL-T5's prompts [X], the other two are like them [C]
-    ImageTask("vqa", "VQAv2", ("v2_OpenEnded_mscoco_train2014_questions.json",), "vqa:", read_vqa, ("accuracy",), score_vqa, 10, 1, "VQAv2.json"),
+    ImageTask("vqa", "VQAv2", ("v2_OpenEnded_mscoco_train2014_questions.json",), "vqa:", read_vqa, ("accuracy",), score_vqa,
+              10, 1, "VQAv2.json"),
     ImageTask("gqa", "GQA", ("train_balanced_questions.json",), "gqa:", read_gqa, ("accuracy",), score_exact, 10, 1, "GQA.json"),
-    ImageTask("okvqa", "OKVQA", ("OpenEnded_mscoco_train2014_questions.json",), "okvqa:", read_vqa, ("accuracy",), score_vqa, 10, 1, "OKVQA.json"),
+    ImageTask("okvqa", "OKVQA", ("OpenEnded_mscoco_train2014_questions.json",), "okvqa:", read_vqa, ("accuracy",), score_vqa,
+              10, 1, "OKVQA.json"),
     ImageTask("caption", "COCO", ("captions_train2014.json", "dataset_coco.json"), "caption:", read_captions, ("cider",), score_captions,
               40, 5, "COCO.json"),
     ImageTask("snlive", "SNLI-VE", ("snli_ve_train.jsonl",), "snlive hypothesis:", read_snlive, ("accuracy",), score_exact, 8, 1,

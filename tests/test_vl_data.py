@@ -27,22 +27,30 @@ def spread(**counts):
     ("Yes", dict(yes=9, no=1), 1), ("NO", dict(yes=9, no=1), .3), ("cat", dict(cat=2, dog=8), .6), ("cat", dict(cat=3, dog=7), .9),
     ("cat", dict(cat=4, dog=6), 1), ("bird", dict(cat=4, dog=6), 0), ("cat", {"cat": 1, "a cat": 1, "The Cat": 1, "dog": 7}, .9),
     # number words and articles
-    ("2", dict(two=4, x=6), 1), ("none", {"0": 4, "x": 6}, 1), ("Zero", dict(none=4, x=6), 1), ("ten", {"10": 4, "x": 6}, 1), ("11", dict(eleven=4, x=6), 0),
-    ("twenty one", {"twenty 1": 4, "x": 6}, 1), ("a an the cat", dict(cat=4, x=6), 1), ("the", {"": 4, "x": 6}, 1), ("another", dict(other=4, x=6), 0),
+    ("2", dict(two=4, x=6), 1), ("none", {"0": 4, "x": 6}, 1), ("Zero", dict(none=4, x=6), 1), ("ten", {"10": 4, "x": 6}, 1),
+    ("11", dict(eleven=4, x=6), 0),
+    ("twenty one", {"twenty 1": 4, "x": 6}, 1), ("a an the cat", dict(cat=4, x=6), 1), ("the", {"": 4, "x": 6}, 1),
+    ("another", dict(other=4, x=6), 0),
     # marks: a space for them, nothing where one stands beside a space, nothing at all where a comma stands between digits
-    ("t-shirt", {"t shirt": 4, "x": 6}, 1), ("t-shirt", dict(tshirt=4, x=6), 0), ("t- shirt", {"t shirt": 4, "x": 6}, 1), ("hot-dog -bun", {"hotdog bun": 4, "x": 6}, 1),
+    ("t-shirt", {"t shirt": 4, "x": 6}, 1), ("t-shirt", dict(tshirt=4, x=6), 0), ("t- shirt", {"t shirt": 4, "x": 6}, 1),
+    ("hot-dog -bun", {"hotdog bun": 4, "x": 6}, 1),
     ("red,blue", {"red blue": 4, "x": 6}, 1), ("red,blue, green", {"redblue green": 4, "x": 6}, 1), ("red/blue", {"red blue": 4, "x": 6}, 1),
     ("2,000", {"2000": 4, "x": 6}, 1), ("1,000-2,000", {"10002000": 4, "x": 6}, 1), ("1000-2000", {"1000 2000": 4, "x": 6}, 1),
     ('"stop!"', dict(stop=4, x=6), 1), ("{[(why?)]}", dict(why=4, x=6), 1), ("a_b\\c=d+e>f<g@h`i;j", {"b c d e f g h i j": 4, "x": 6}, 1),
     ("b_c\\d=e+f>g<h@i`j;k", {"b c d e f g h i j k": 4, "x": 6}, 1),
-    ("10:30", {"10 30": 4, "x": 6}, 0), ("10:30", {"10:30": 4, "x": 6}, 1), ("50%", {"50": 4, "x": 6}, 0), ("#1", {"1": 4, "x": 6}, 0), ("dogs'", dict(dogs=4, x=6), 0),
+    ("10:30", {"10 30": 4, "x": 6}, 0), ("10:30", {"10:30": 4, "x": 6}, 1), ("50%", {"50": 4, "x": 6}, 0), ("#1", {"1": 4, "x": 6}, 0),
+    ("dogs'", dict(dogs=4, x=6), 0),
     # periods go unless a digit follows; a digit before them does not help; at most 32 go
-    ("u.s.a.", dict(usa=4, x=6), 1), ("3.", {"3": 4, "x": 6}, 1), ("3.5", {"35": 4, "x": 6}, 0), (".5", {"5": 4, "x": 6}, 0), ("1.b", {"1b": 4, "x": 6}, 1),
+    ("u.s.a.", dict(usa=4, x=6), 1), ("3.", {"3": 4, "x": 6}, 1), ("3.5", {"35": 4, "x": 6}, 0), (".5", {"5": 4, "x": 6}, 0),
+    ("1.b", {"1b": 4, "x": 6}, 1),
     ("b" + 32 * ".", dict(b=4, x=6), 1), ("b" + 33 * ".", dict(b=4, x=6), 0),
     # contractions get their apostrophe, but not those with capitals in the official table nor those that are words; one is wrong there
-    ("dont", {"don't": 4, "x": 6}, 1), ("Hes", {"he's": 4, "x": 6}, 1), ("couldnt've", {"couldn'tve": 4, "x": 6}, 1), ("ow's'at", {"'ow's'at": 4, "x": 6}, 1),
-    ("yalld've", {"y'all'd've": 4, "x": 6}, 0), ("y'all'dve", {"yall'd've": 4, "x": 6}, 1), ("its", {"it's": 4, "x": 6}, 0), ("im", {"i'm": 4, "x": 6}, 0),
-    ("well", {"we'll": 4, "x": 6}, 0), ("somebody'd", dict(somebodyd=4, x=6), 1), ("twas", {"'twas": 4, "x": 6}, 1), ("5 oclock", {"five o'clock": 4, "x": 6}, 1),
+    ("dont", {"don't": 4, "x": 6}, 1), ("Hes", {"he's": 4, "x": 6}, 1), ("couldnt've", {"couldn'tve": 4, "x": 6}, 1),
+    ("ow's'at", {"'ow's'at": 4, "x": 6}, 1),
+    ("yalld've", {"y'all'd've": 4, "x": 6}, 0), ("y'all'dve", {"yall'd've": 4, "x": 6}, 1), ("its", {"it's": 4, "x": 6}, 0),
+    ("im", {"i'm": 4, "x": 6}, 0),
+    ("well", {"we'll": 4, "x": 6}, 0), ("somebody'd", dict(somebodyd=4, x=6), 1), ("twas", {"'twas": 4, "x": 6}, 1),
+    ("5 oclock", {"five o'clock": 4, "x": 6}, 1),
     # letters of other scripts
     ("CAFÉ", dict(café=4, x=6), 1), ("cafe", dict(café=4, x=6), 0), ("", dict(cat=4, x=6), 0),
 ])
@@ -108,8 +116,10 @@ def test_perfect_captions():
 
 @pytest.mark.parametrize("text, words", [
     ("A man's dog, don't run!", "a man 's dog do n't run"), ("The T-shirt\u2014it\u2019s 2,000 miles", "the t-shirt it 's 2,000 miles"),
-    ("Two dogs; one sits -- at 10:30 a.m.", "two dogs one sits at 10:30 a.m."), ('"Stop"/go', "stop go"), ("a cell phone,and a bag .", "a cell phone and a bag"),
-    ("I cannot see B&W and/or 50% o'clock", "i can not see b&w and/or 50 % o'clock"), ("'quoted' dogs'", "quoted dogs"), ("Café", "café"), ("...", ""),
+    ("Two dogs; one sits -- at 10:30 a.m.", "two dogs one sits at 10:30 a.m."), ('"Stop"/go', "stop go"),
+    ("a cell phone,and a bag .", "a cell phone and a bag"),
+    ("I cannot see B&W and/or 50% o'clock", "i can not see b&w and/or 50 % o'clock"), ("'quoted' dogs'", "quoted dogs"), ("Café", "café"),
+    ("...", ""),
 ])
 def test_tokenize_caption(text, words):
     assert data.tokenize_caption(text) == words.split()
@@ -195,12 +205,15 @@ def test_karpathy_splits(vqa, place, capsys):
 
 def test_folders(vqa):
     """VQAv2/, vl/VQAv2/, or the very folder of the files; then dataset_coco.json may be in COCO beside it."""
-    for data_dir in (vqa, vqa / "VQAv2", vqa.rename(vqa.parent / "vl").parent, vqa.parent / "vl" / "VQAv2"):
-        if data_dir.exists():
-            assert len(data.make_splits(VQA, data_dir, "official")["train"]) == 4
-    dump(vqa.parent / "vl" / "COCO" / "dataset_coco.json", IMAGES)
-    for data_dir in (vqa.parent, vqa.parent / "vl", vqa.parent / "vl" / "VQAv2"):
-        assert len(data.make_splits(VQA, data_dir)["test"]) == 1
+    for data_dir in (vqa, vqa / "VQAv2"):
+        assert len(data.make_splits(VQA, data_dir, "official")["train"]) == 4
+    (vqa / "vl").mkdir()
+    vqa = (vqa / "VQAv2").rename(vqa / "vl" / "VQAv2").parent
+    for place in ("vl/COCO", "COCO"):
+        path = dump(vqa.parent / place / "dataset_coco.json", IMAGES)
+        for data_dir in (vqa.parent, vqa.parent / "vl", vqa.parent / "vl" / "VQAv2"):
+            assert len(data.make_splits(VQA, data_dir)["test"]) == 1
+        path.unlink()
     with pytest.raises(UserError, match="OKVQA: no such folder .nor vl/OKVQA below .*expected the official files of okvqa"):
         data.find_folder(OKVQA, vqa.parent)
 
@@ -312,7 +325,8 @@ def test_join_features(tmp_path):
 
 
 @pytest.mark.parametrize("task, expected", [
-    (VQA, [{"question_id": 90, "answer": "two"}, {"question_id": "n7", "answer": "café"}]), (OKVQA, [{"question_id": 90, "answer": "two"}, {"question_id": "n7", "answer": "café"}]),
+    (VQA, [{"question_id": 90, "answer": "two"}, {"question_id": "n7", "answer": "café"}]),
+    (OKVQA, [{"question_id": 90, "answer": "two"}, {"question_id": "n7", "answer": "café"}]),
     (CAPTION, [{"image_id": 90, "caption": "two"}, {"image_id": "n7", "caption": "café"}]),
     (GQA, [{"questionId": "90", "prediction": "two"}, {"questionId": "n7", "prediction": "café"}]),
     (SNLIVE, [{"pairID": "90", "gold_label": "two"}, {"pairID": "n7", "gold_label": "café"}]),
@@ -374,7 +388,8 @@ def test_wrong_vqa_files(name, content, message, tmp_path):
     (VQA, "dataset_coco.json", karpathy(("train2014", 9, "dev", [])), "cocoid 9: found split 'dev', expected one of train, restval, val, test"),
     (VQA, "dataset_coco.json", {"images": [{"cocoid": 9}]}, "images[0]: found no split in {'cocoid': 9}, expected split as a string"),
     (CAPTION, "dataset_coco.json", {"images": [{"cocoid": 9, "split": "val", "filepath": "val2014"}]}, "images[0]: found no sentences in"),
-    (CAPTION, "dataset_coco.json", karpathy(("train2014", 9, "train", ["A."]), ("val2014", 4, "val", [" "])), "image 4: found no captions, expected at least one"),
+    (CAPTION, "dataset_coco.json", karpathy(("train2014", 9, "train", ["A."]),
+    ("val2014", 4, "val", [" "])), "image 4: found no captions, expected at least one"),
     (CAPTION, "dataset_coco.json", {"images": [{"cocoid": 9, "split": "val", "filepath": "v", "sentences": [{"tokens": []}]}]}, "cocoid 9: sentences[0]: found no raw"),
     (CAPTION, "captions_train2014.json", {"images": [{"id": 1}], "annotations": [{"id": 5, "image_id": 2, "caption": "A."}]},
      "annotation 5: found image_id 2, which is none of the file's images"),
@@ -382,10 +397,12 @@ def test_wrong_vqa_files(name, content, message, tmp_path):
     (CAPTION, "captions_train2014.json", {"images": [{"id": 1}, {"id": 1}], "annotations": []}, "images[1]: found id 1 a second time"),
     (CAPTION, "captions_val2014.json", None, "no such file"),
     (GQA, "train_balanced_questions.json", {"7": gqa_row(answer=3)}, "question 7: found answer '3', expected answer as a string"),
-    (GQA, "train_balanced_questions.json", {"7": "x"}, "question 7: found no question in x"), (GQA, "val_balanced_questions.json", None, "no such file"),
+    (GQA, "train_balanced_questions.json", {"7": "x"}, "question 7: found no question in x"),
+    (GQA, "val_balanced_questions.json", None, "no such file"),
     (SNLIVE, "snli_ve_train.jsonl", snli_row() + "\n" + snli_row("maybe"), "line 2: found label 'maybe', expected one of entailment, neutral, contradiction"),
     (SNLIVE, "snli_ve_train.jsonl", snli_row()[:-5], "line 1: not JSON"), (SNLIVE, "snli_ve_train.jsonl", "[]", "line 1: found no gold_label in []"),
-    (SNLIVE, "snli_ve_train.jsonl", snli_row(image=3), "line 1: found no Flickr30K_ID in"), (SNLIVE, "snli_ve_dev.jsonl", None, "no such file, expected the validation split"),
+    (SNLIVE, "snli_ve_train.jsonl", snli_row(image=3), "line 1: found no Flickr30K_ID in"),
+    (SNLIVE, "snli_ve_dev.jsonl", None, "no such file, expected the validation split"),
 ])
 def test_other_wrong_files(task, name, content, message, vqa):
     """Beside a wrong file all others are right: what is complained about is the wrong one."""
