@@ -259,10 +259,32 @@ def encode_source(parts, encode, max_length):
     return sum(pieces, []) + ids[-1:]
 
 
+@dataclass(slots=True)
+class Row:
+    """An example in ids, made once."""
+    source: object       # int32 array
+    targets: list        # its right answers, int32 arrays
+    shares: object       # array: answer k is drawn where a random number from 0 to 1 lies below shares[k] and not below shares[k-1]
+    image: object = None  # (array [images, N, V], row in it), of an image task
+
+    def target(self, random):
+        """A random number in [0, 1) -> the answer drawn by it."""
+        return self.targets[int(np.searchsorted(self.shares, random, side="right"))] if len(self.targets) > 1 else self.targets[0]
+
+
 def encode_examples(examples, encode, max_source_length, max_target_length):
-    """Examples -> list of (source ids, target ids), as int32 arrays; `encode(text)` gives ids that end with eos."""
-    targets = {e.target: encode(e.target)[:max_target_length] for e in examples}
-    return [(np.array(encode_source(e.parts, encode, max_source_length), np.int32), np.array(targets[e.target], np.int32))
+    """Examples -> list of Row; `encode(text)` gives ids that end with eos."""
+    @lru_cache(maxsize=None)                                      # equal texts share their arrays
+    def target_ids(text):
+        ids = encode(text)
+        return np.array(ids[:max_target_length - 1] + ids[-1:] if len(ids) > max_target_length else ids, np.int32)
+
+    @lru_cache(maxsize=None)
+    def shares(weights):
+        return np.cumsum(weights) / sum(weights)
+
+    return [Row(np.array(encode_source(e.parts, encode, max_source_length), np.int32),
+                [target_ids(text) for text, _ in e.targets] or [target_ids(e.target)], shares(tuple(w for _, w in e.targets) or (1.0,)))
             for e in examples]
 
 

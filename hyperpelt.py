@@ -323,13 +323,15 @@ def main():
     parser = Parser(description="Print what HyperPELT trains on a T5: shapes and counts. Needs no weights.")
     parser.add_argument("--model", default="t5-base", help="a public name, or a folder with config.json (default: t5-base)")
     parser.add_argument("--tasks", type=int, default=8, help="number of tasks (default: 8, the paper's)")
+    parser.add_argument("--visual-width", type=int, default=0, help="width of the images' features, 2048 for CLIP's ResNet-101 (default: no images)")
     args = parser.parse_args()
-    if args.tasks < 1:
-        raise UserError(f"--tasks: found {args.tasks}, expected at least 1")
+    if args.tasks < 1 or args.visual_width < 0:
+        raise UserError(f"--tasks: found {args.tasks}, expected at least 1" if args.tasks < 1 else
+                        f"--visual-width: found {args.visual_width}, expected at least 0")
     folder = Path(args.model)
     t5_config = T5Config.from_file(folder / "config.json") if folder.is_dir() else T5Config.from_name(args.model)
     with torch.device("meta"):                                              # shapes without numbers
-        models = {method: HyperPELT(T5(t5_config), [f"task {i}" for i in range(args.tasks)], HyperPELTConfig(method))
+        models = {method: HyperPELT(T5(t5_config), [f"task {i}" for i in range(args.tasks)], HyperPELTConfig(method, visual_width=args.visual_width))
                   for method in ("hyperprefix", "hyperadapter", "hyperpelt")}
     trained = models["hyperpelt"].trained()
     norms = {name: p for name, p in trained.items() if name.startswith("t5.")}
@@ -339,14 +341,15 @@ def main():
         print(f"{name:40}{shape:>18}{count:>14,}")
     backbone = sum(p.numel() for p in models["hyperpelt"].t5.parameters())
     print(f"\n{args.model}: {backbone:,} parameters; {args.tasks} task{'s' * (args.tasks > 1)}\n\n"
-          f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   paper, T5-base, 8 tasks")
+          f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   paper, T5-base, 8 tasks of text")
     known = {"hyperprefix": "1.01x [printed]", "hyperadapter": "-", "hyperpelt": "1.02x, 0.24 % per task [reconstructed]"}
     for method, model in models.items():
         count = sum(p.numel() for p in model.trained().values())
         print(f"{method:14}{count:>12,}{1 + count / backbone:>9.4f}x{100 * count / args.tasks / backbone:>9.3f} %"
               f"{deployed(model):>14,}   {known[method]}")
     print("\ntrained: what training changes and a checkpoint holds.  total: backbone + trained, of the backbone.\n"
-          "per task: trained / tasks, of the backbone.  deployed: prefixes, adapters and norms once they are generated.")
+          "per task: trained / tasks, of the backbone.  deployed: prefixes, adapters and norms once they are generated"
+          + ("; an image's own are\nnot in it, they are generated for each image." if args.visual_width else "."))
 
 
 if __name__ == "__main__":

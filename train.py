@@ -4,6 +4,7 @@
     python train.py --out runs/rte-hyperpelt --resume                                       # go on after an interruption
     python train.py --out runs/rte-hyperpelt --eval-only                                    # evaluate the best checkpoint
     python train.py --out runs/rte-hyperpelt --predict submission                           # write a GLUE submission file
+    python train.py --task vqa --features features --data-dir vl ...                        # images; --task rte,vqa: both kinds
 
 A run's folder (--out) holds config.json (all settings), log.jsonl (a row for every few steps and every evaluation),
 metrics.json (the result), last.safetensors (what is trained, optimiser, generators, step: a run resumes from it exactly)
@@ -28,7 +29,8 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from hyperpelt import METHODS, HyperPELT, HyperPELTConfig
+from clip_features import load_features
+from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig
 from t5 import T5, Tokenizer
 
 try:
@@ -56,9 +58,11 @@ def number(kind, low, high=10**9):
 
 
 OPTIONS = [  # name, type or choices, default, help
-    ("task", str, "rte", f"task, several with commas between, or glue for the paper's eight: {', '.join(data.TASKS)}"),
+    ("task", str, "rte", f"task, several with commas between, glue for the paper's eight, or vl for its three with images: {', '.join([*data.TASKS, *data.IMAGE_TASKS])}"),
     ("model", str, "t5-base", "folder of a T5 checkpoint, or a public name, which is downloaded"),
     ("data-dir", str, "glue", "folder with RTE/train.tsv or glue/RTE/train.tsv"),
+    ("features", str, "", "folder with the images' features as clip_features.py writes them: train2014.npy, train2014.json, ... (default: none)"),
+    ("vision", [*VISION, "shuffled"], "both", "what an image gives: visual prefix and adapter, one of them, or tokens before the text; shuffled: both, of another image"),
     ("method", list(METHODS), "hyperpelt", "hyperprefix: no adapters; hyperadapter: no prefixes; norms: neither; full: fine-tune all"),
     ("out", str, "", "folder of the run (default: runs/TASK-METHOD)"),
     ("split", ["paper", "official"], "paper", "paper: validation halved, or 1,000 training rows held out; official: as the files are"),
@@ -81,7 +85,7 @@ OPTIONS = [  # name, type or choices, default, help
 ]
 FLAGS = [("download", "fetch the official data files if they are not there"), ("resume", "go on with the run in --out"),
          ("eval-only", "evaluate best.safetensors of the run in --out")]
-FREE = ("out", "data_dir", "model", "download", "resume", "eval_only", "predict")  # may differ from the saved run's settings:
+FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict")  # may differ from the saved run's settings:
 # the contents of backbone and data are compared instead
 
 
@@ -121,8 +125,8 @@ def parse_settings():
 # ------------------------------------------------------------------------------------------------------------ data
 
 def load_tasks(settings, tokenizer):
-    """-> {task name: Task}, {name: {split: [Example]}}, {name: {split: [(source ids, target ids)]}}; ids are made once."""
-    names = data.GLUE if settings.task == "glue" else settings.task.split(",")
+    """-> {task name: Task or ImageTask}, {name: {split: [Example]}}, {name: {split: [Row]}}; ids are made once."""
+    names = {"glue": data.GLUE, "vl": data.VL}.get(settings.task) or settings.task.split(",")
     tasks = {name: data.find_task(name) for name in names}
     splits, rows = {}, {}
     for name, task in tasks.items():
@@ -137,16 +141,53 @@ def encode(examples, tokenizer, settings):
     return data.encode_examples(examples, tokenizer.encode, settings.max_source_length, MAX_TARGET_LENGTH)
 
 
+def load_images(settings, splits, rows):
+    """Give every row of an image task its place in the feature files -> width V of the features (0: no image task), fingerprint.
+
+    Raises UserError for a missing or damaged file, features of unlike models, a grid that does not fit, a question without features.
+    """
+    wanted = sorted({example.image[0] for by_split in splits.values() for examples in by_split.values() for example in examples if example.image})
+    if not wanted:
+        return 0, {}
+    if not settings.features:
+        raise UserError(f"--features: found nothing, expected the folder with {', '.join(f'{name}.npy' for name in wanted)}; clip_features.py makes them")
+    found = {name: load_features(Path(settings.features) / f"{name}.npy") for name in wanted}
+    arrays, ids, kinds = {}, {}, {}
+    for name, (array, places, meta) in found.items():
+        path = Path(settings.features) / f"{name}.npy"
+        arrays[name], ids[name] = array, places
+        kinds[name] = f"{list(array.shape[1:])} of {meta.get('kind')}, weights {meta.get('weights')}, {meta.get('preprocessing')}"
+        if kinds[name] != kinds[wanted[0]]:
+            raise UserError(f"{path}: found features {kinds[name]}; expected {kinds[wanted[0]]}, as in {wanted[0]}.npy")
+        if settings.vision != "tokens" and array.shape[1] != settings.prefix_length:     # section 4: position by position
+            raise UserError(f"{path}: found {array.shape[1]} grid cells for each image, expected {settings.prefix_length}, one for each of --prefix-length positions")
+    for task, by_split in splits.items():
+        for split, examples in by_split.items():
+            if examples and examples[0].image:
+                order = data.join_features(examples, ids, f"{task} {split}", settings.features)
+                places = [(arrays[example.image[0]], int(row)) for example, row in zip(examples, order)]
+                if settings.vision == "shuffled":                            # answers from the question alone: what a prior can do
+                    places = [places[i] for i in np.random.default_rng([settings.seed, len(places)]).permutation(len(places))]
+                for row, place in zip(rows[task][split], places):
+                    row.image = place
+    return arrays[wanted[0]].shape[2], {"features": hashlib.sha256("".join(str(found[name][2].get("sha256")) for name in wanted).encode()).hexdigest()[:16]}
+
+
+def gather_images(rows):
+    """Rows of an image task -> their features [B, N, V], float16; of a text task -> None."""
+    return torch.from_numpy(np.stack([array[i] for array, i in (row.image for row in rows)])) if rows[0].image else None
+
+
 def make_batches(rows, settings):
-    """-> number of steps, and batch(step) -> task name, input ids [B, S], labels [B, T]. A function of seed and step
-    alone, so that a resumed run sees what the uninterrupted one would have seen."""
+    """-> number of steps, and batch(step) -> task name, input ids [B, S], labels [B, T], features [B, N, V] or None. A function
+    of seed and step alone, so that a resumed run sees what the uninterrupted one would have seen."""
     rows = {name: by_split["train"] for name, by_split in rows.items()}
     names, size = list(rows), settings.batch_size
     per_epoch = {name: -(-len(rows[name]) // size) for name in names}
     steps = settings.steps or max(1, round(settings.epochs * sum(per_epoch.values())))
     share = np.array([len(rows[name]) for name in names]) ** (1 / settings.temperature)
     turns = np.random.default_rng([settings.seed, 0]).choice(len(names), size=steps, p=share / share.sum())  # task of each step
-    lengths = {name: np.array([len(source) for source, _ in rows[name]]) for name in names}
+    lengths = {name: np.array([len(row.source) for row in rows[name]]) for name in names}
 
     @lru_cache(maxsize=len(names))
     def plan(turn, epoch):
@@ -156,7 +197,9 @@ def make_batches(rows, settings):
         turn = turns[step]
         epoch, place = divmod(int(np.sum(turns[:step] == turn)), per_epoch[names[turn]])
         chosen = [rows[names[turn]][i] for i in plan(int(turn), epoch)[place]]
-        return names[turn], *(torch.from_numpy(data.pad(part, value)) for part, value in zip(zip(*chosen), (0, -100)))
+        draws = np.random.default_rng([settings.seed, 2**20, step]).random(len(chosen))  # which of its answers each row is to learn
+        targets = [row.target(draw) for row, draw in zip(chosen, draws)]
+        return names[turn], *map(torch.from_numpy, (data.pad([row.source for row in chosen], 0), data.pad(targets, -100))), gather_images(chosen)
 
     return steps, batch
 
@@ -167,29 +210,32 @@ def fingerprint(t5, rows):
     for tensor in t5.state_dict().values():
         backbone.update(tensor.flatten()[:256].float().numpy().tobytes())
     for name, by_split in rows.items():
-        for split, pairs in by_split.items():
-            texts.update(b"".join([f"{name} {split}".encode(), *(ids.tobytes() for pair in pairs for ids in pair)]))
+        for split, examples in by_split.items():
+            texts.update(b"".join([f"{name} {split}".encode(), *(ids.tobytes() for row in examples for ids in (row.source, *row.targets))]))
     return {"backbone": backbone.hexdigest()[:16], "data": texts.hexdigest()[:16]}
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 
-def answer(model, tokenizer, task, sources, stop):
-    """Source ids -> greedy answers as texts, or None when the user stops it. The generated weights are made once."""
+def answer(model, tokenizer, task, rows, stop):
+    """Rows -> answers as texts, or None when the user stops it. The task's generated weights are made once."""
     model.eval()
     device = next(model.parameters()).device
     # An answer that has not ended one token after the longest label word is none of them: longer ones are not asked for.
     words = list(task.labels.values()) or [data.stsb_target(i / 5) for i in range(26)]
-    longest = max(len(tokenizer.encode(word)) for word in words)
-    order, texts = np.argsort([len(ids) for ids in sources], kind="stable"), [""] * len(sources)
+    free = task.name in data.IMAGE_TASKS and not task.labels                 # answers in the task's own words
+    longest = task.max_answer if free else max(len(tokenizer.encode(word)) for word in words)
+    order, texts = np.argsort([len(row.source) for row in rows], kind="stable"), [""] * len(rows)
     with torch.no_grad():
         sites = model.generate_sites(task.name)
         for start in tqdm(range(0, len(order), EVAL_BATCH), desc=f"evaluate {task.name}", leave=False, disable=None):
             if stop:
                 return None
             chosen = order[start:start + EVAL_BATCH]
-            ids = torch.from_numpy(data.pad([sources[i] for i in chosen], 0)).to(device)
-            for i, output in zip(chosen, model.t5.generate(ids, max_new_tokens=longest, sites=sites)):
+            ids, features = torch.from_numpy(data.pad([rows[i].source for i in chosen], 0)).to(device), gather_images([rows[i] for i in chosen])
+            injected = model.inject(sites, None if features is None else features.to(device))
+            outputs = model.t5.generate(ids, max_new_tokens=longest, num_beams=task.beams if free else 1, **injected)
+            for i, output in zip(chosen, outputs):
                 texts[i] = tokenizer.decode(output.tolist())
     return texts
 
@@ -199,7 +245,7 @@ def evaluate(model, tokenizer, tasks, splits, rows, names, stop):
     result = {}
     for task in tasks.values():
         for split in (name for name in splits[task.name] if name in names):
-            texts = answer(model, tokenizer, task, [source for source, _ in rows[task.name][split]], stop)
+            texts = answer(model, tokenizer, task, rows[task.name][split], stop)
             if texts is None:
                 return None
             result.setdefault(task.name, {})[split] = data.score(task, texts, splits[task.name][split])
@@ -343,7 +389,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
         if step > progress["evaluated"] and (step % eval_every == 0 or step == steps):
             result = evaluate(model, tokenizer, tasks, splits, rows, ["validation"], stop)
             if result is not None:
-                mean = float(np.mean([np.mean(list(by_split["validation"].values())) for by_split in result.values()]))
+                mean = float(np.mean([np.mean([by_split["validation"][metric] for metric in tasks[name].metrics]) for name, by_split in result.items()]))
                 if mean > progress["best"]:
                     progress.update(best=mean, best_step=step)
                     save_tensors(out / "best.safetensors", model.trained(), dict(step=step))
@@ -361,9 +407,9 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings)
-        name, input_ids, labels = batch(step)
-        input_ids, labels = input_ids.to(device), labels.to(device)
-        _, loss = model(input_ids, input_ids != 0, labels, name, settings.label_smoothing)
+        name, *tensors = batch(step)
+        input_ids, labels, features = (None if tensor is None else tensor.to(device) for tensor in tensors)
+        _, loss = model(input_ids, input_ids != 0, labels, name, settings.label_smoothing, features)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         if not torch.isfinite(norm):
@@ -400,8 +446,10 @@ def main():
     t5 = T5.from_pretrained(settings.model)
     if tokenizer.first_sentinel >= t5.config.vocab_size:
         raise UserError(f"{settings.model}: spiece.model and sentinels give {tokenizer.first_sentinel + 1} ids, config.json says vocab_size {t5.config.vocab_size}")
-    marks = {**fingerprint(t5, rows), "device": device.type}
+    width, feature_mark = load_images(settings, splits, rows)
+    marks = {**fingerprint(t5, rows), **feature_mark, "device": device.type}
     sizes = {f.name: getattr(settings, f.name) for f in dataclasses.fields(HyperPELTConfig) if hasattr(settings, f.name)}
+    sizes.update(visual_width=width, vision="both" if settings.vision == "shuffled" else settings.vision)
     model = HyperPELT(t5, list(tasks), HyperPELTConfig(**sizes), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     model.to(device)
     count = sum(parameter.numel() for parameter in model.trained().values())
@@ -412,7 +460,7 @@ def main():
                 raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved.get(what)}")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        record = dict(settings={k: v for k, v in vars(settings).items() if k not in FREE[3:]},
+        record = dict(settings={k: v for k, v in vars(settings).items() if k not in FREE[4:]},
                       fingerprints=marks, trained_parameters=count, hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
         data.write_whole(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
     print(f"{settings.method} on {settings.model}, {settings.precision}, {device.type}: {count:,} trained parameters; "
@@ -434,20 +482,27 @@ def main():
 
 
 def predict(model, tokenizer, tasks, splits, settings):
-    """Write a GLUE submission file for a split of every task (mnli: one for each genre set)."""
+    """Write a GLUE submission file for a split of every task (mnli: one for each genre set), or an image task's results file."""
     for task in tasks.values():
         if settings.predict != "submission" and settings.predict not in splits[task.name]:
             raise UserError(f"--predict {settings.predict}: with --split official there are only {', '.join(splits[task.name])} and submission")
         files = {settings.predict: f"{task.folder}-{settings.predict}.tsv"}
-        if settings.predict == "submission":
+        if task.name in data.IMAGE_TASKS:
+            files = {settings.predict: f"{settings.predict}-{task.results}"}
+        elif settings.predict == "submission":
             files = {"submission": f"{task.folder}.tsv"}
             if task.name == "mnli":
                 files = {"submission": "MNLI-m.tsv", "submission_mismatched": "MNLI-mm.tsv"}
         for split, file in files.items():
-            examples = splits[task.name].get(split) or data.read_split(task, settings.data_dir, split)
-            texts = answer(model, tokenizer, task, [source for source, _ in encode(examples, tokenizer, settings)], [])
+            examples = splits[task.name].get(split)
+            if examples is None:
+                examples = data.read_unlabelled(task, settings.data_dir) if task.name in data.IMAGE_TASKS else data.read_split(task, settings.data_dir, split)
+            rows = {task.name: {split: encode(examples, tokenizer, settings)}}
+            load_images(settings, {task.name: {split: examples}}, rows)
+            texts = answer(model, tokenizer, task, rows[task.name][split], [])
             path = Path(settings.out) / file
-            unknown = data.write_submission(path, task, texts, examples)
+            write = data.write_results if task.name in data.IMAGE_TASKS else data.write_submission
+            unknown = write(path, task, texts, examples)
             print(f"{path}: {len(examples):,} predictions" + (f"; {unknown} answers were no label" if unknown else ""))
 
 

@@ -32,8 +32,8 @@ def main():
 
     task, tokenizer = data.TASKS["rte"], Tokenizer.from_pretrained(args.model)
     rows = data.encode_examples(data.read_split(task, args.data_dir, "train"), tokenizer.encode, 128, 16)
-    plan = data.plan_epoch(np.array([len(source) for source, _ in rows]), 32, [0])[:args.batches]
-    batches = [[torch.from_numpy(data.pad(part, value)) for part, value in zip(zip(*(rows[i] for i in chosen)), (0, -100))] for chosen in plan]
+    plan = data.plan_epoch(np.array([len(row.source) for row in rows]), 32, [0])[:args.batches]
+    batches = [[torch.from_numpy(data.pad(part, value)) for part, value in (([rows[i].source for i in chosen], 0), ([rows[i].targets[0] for i in chosen], -100))] for chosen in plan]
 
     models = {method: HyperPELT(T5.from_pretrained(args.model), ["rte"], HyperPELTConfig(method), torch.bfloat16)
               for method in ("norms", "hyperpelt", "hyperprefix", "hyperadapter")}

@@ -144,7 +144,7 @@ def test_batches_are_a_function_of_seed_and_step():
     """Single task: each row once an epoch. Several: one task a batch, in the proportions of n^(1/T)."""
     class Settings:
         batch_size, steps, epochs, temperature, seed = 4, 0, 2.0, 10.0, 0
-    rows = {"a": {"train": [(np.array([i, 1]), np.array([1])) for i in range(10, 30)]}}
+    rows = {"a": {"train": [data.Row(np.array([i, 1]), [np.array([1])], np.ones(1)) for i in range(10, 30)]}}
     steps, batch = train_module.make_batches(rows, Settings)
     assert steps == 10
     seen = torch.cat([batch(step)[1][:, 0] for step in range(5)])
@@ -153,7 +153,7 @@ def test_batches_are_a_function_of_seed_and_step():
     assert torch.equal(seen, again)
     counts = dict(cola=8551, sst2=66349, mrpc=3668, qqp=362846, stsb=5749, mnli=391702, qnli=103743, rte=2490)
     expected = dict(cola=.109, sst2=.134, mrpc=.100, qqp=.158, stsb=.105, mnli=.159, qnli=.140, rte=.096)
-    one = (np.array([5, 1]), np.array([1]))
+    one = data.Row(np.array([5, 1]), [np.array([1])], np.ones(1))
     Settings.steps = 20_000
     steps, batch = train_module.make_batches({name: {"train": [one] * count} for name, count in counts.items()}, Settings)
     drawn = [batch(step)[0] for step in range(0, 20_000, 10)]
@@ -241,9 +241,9 @@ def test_one_generation_for_a_whole_evaluation(checkpoint, monkeypatch):
     calls = []
     model.prefix_hypernetwork.register_forward_hook(lambda *args: calls.append("prefix"))
     model.adapter_hypernetwork.register_forward_hook(lambda *args: calls.append("adapter"))
-    sources = [np.array([5, 6, 7, 1])] * (2 * train_module.EVAL_BATCH + 1)
-    texts = train_module.answer(model, Tokenizer.from_pretrained(checkpoint), data.TASKS["rte"], sources, [])
-    assert calls == ["prefix", "adapter"] and len(texts) == len(sources) and len(set(texts)) == 1
+    rows = [data.Row(np.array([5, 6, 7, 1]), [np.array([1])], np.ones(1))] * (2 * train_module.EVAL_BATCH + 1)
+    texts = train_module.answer(model, Tokenizer.from_pretrained(checkpoint), data.TASKS["rte"], rows, [])
+    assert calls == ["prefix", "adapter"] and len(texts) == len(rows) and len(set(texts)) == 1
 
 
 def test_torn_log(tmp_path):

@@ -1,0 +1,148 @@
+"""The command line on tasks with images, at tiny size: made-up questions in VQAv2's format about made-up features."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train as train_module
+from conftest import read_json, run
+from test_train import TINY, log_of
+
+ANSWERS = ["cat", "dog", "bird", "fish"]
+
+
+def write_features(folder, image_set, ids, cells=5, width=6, seed=0, **meta):
+    """A feature file as clip_features.py writes it: image i shows answer i % 4, as a direction in all its cells."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    features = rng.normal(0, 0.1, (len(ids), cells, width)) + 2 * np.eye(4, width)[np.array(ids) % 4][:, None]
+    np.save(folder / f"{image_set}.npy", features.astype(np.float16))
+    about = dict(ids=[str(i) for i in ids], kind="made up", weights="0", preprocessing={}, sha256=f"{image_set} {seed}") | meta
+    (folder / f"{image_set}.json").write_text(json.dumps(about))
+
+
+@pytest.fixture(scope="module")
+def vl(tmp_path_factory):
+    """48 training and 24 validation questions with ten answers each, two questions an image, and 3 without answers."""
+    folder = tmp_path_factory.mktemp("vl")
+    (folder / "VQAv2").mkdir()
+    for subset, count in (("train2014", 24), ("val2014", 12), ("test2015", 3)):
+        questions = [dict(image_id=i, question=text, question_id=10 * i + k) for i in range(count)
+                     for k, text in enumerate(["is it a man", "a big house"][:1 if subset == "test2015" else 2])]
+        (folder / "VQAv2" / f"v2_OpenEnded_mscoco_{subset}_questions.json").write_text(json.dumps(dict(data_subtype=subset, questions=questions)))
+        notes = [dict(image_id=q["image_id"], question_id=q["question_id"], answer_type="other", multiple_choice_answer="",
+                      answers=[dict(answer=ANSWERS[q["image_id"] % 4], answer_id=k) for k in range(10)]) for q in questions]
+        (folder / "VQAv2" / f"v2_mscoco_{subset}_annotations.json").write_text(json.dumps(dict(annotations=notes)))
+        write_features(folder / "features", subset, range(count))
+    return folder
+
+
+def command(checkpoint, vl, out, *more, task="vqa"):
+    return ["train.py", "--task", task, "--model", checkpoint, "--data-dir", vl, "--features", vl / "features", "--out", out, *TINY, *more]
+
+
+RUN = ["--steps", 100, "--eval-every", 50, "--lr", 0.02, "--warmup-steps", 4]
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, vl, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(*command(checkpoint, vl, out, *RUN))
+    return out
+
+
+def test_answers_come_from_the_image(finished, checkpoint, vl, tmp_path):
+    """Both questions are the same for all images: only the image tells the answer, and shuffled images tell nothing."""
+    metrics = read_json(finished / "metrics.json")["vqa"]["validation"]
+    assert metrics["accuracy"] > 0.9 and metrics["other"] == metrics["accuracy"] and "number" not in metrics
+    run(*command(checkpoint, vl, tmp_path / "shuffled", *RUN, "--vision", "shuffled"))
+    assert read_json(tmp_path / "shuffled" / "metrics.json")["vqa"]["validation"]["accuracy"] < 0.6
+    config = read_json(finished / "config.json")
+    assert config["hyperpelt"]["visual_width"] == 6 and len(config["fingerprints"]["features"]) == 16
+
+
+@pytest.mark.parametrize("vision,has,lacks", [("prefix", "visual_prefix_hypernetwork", "visual_adapter"), ("tokens", "image_tokens", "visual"),
+                                              ("adapter", "visual_adapter_hypernetwork", "visual_prefix")])
+def test_ways_of_vision(vision, has, lacks, checkpoint, vl, tmp_path):
+    """Each runs, saves what it trains, and answers from its best checkpoint as it did while training."""
+    from safetensors.torch import load_file
+    out = tmp_path / "run"
+    run(*command(checkpoint, vl, out, "--steps", 8, "--vision", vision))
+    names = load_file(out / "best.safetensors")
+    assert any(name.startswith(has) for name in names) and not any(lacks in name for name in names)
+    before = read_json(out / "metrics.json")
+    run("train.py", "--out", out, "--eval-only")
+    assert read_json(out / "metrics.json") == before
+
+
+def test_resume_and_predict(finished, checkpoint, vl, tmp_path):
+    """Stopped at step 50, the run ends as the one that was not; the results file is the official one."""
+    out = tmp_path / "run"
+    killer = ("import os, sys, train, data; old = train.save_last\n"
+              "def save(path, model, optimiser, progress):\n"
+              "    old(path, model, optimiser, progress)\n"
+              "    if progress['step'] == 50: os._exit(9)\n"
+              "train.save_last = save; data.run(train.main)")
+    import subprocess, sys, os
+    from conftest import ROOT
+    done = subprocess.run([sys.executable, "-c", killer, *map(str, command(checkpoint, vl, out, *RUN)[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 9
+    run("train.py", "--out", out, "--resume")
+    for name in ("best.safetensors", "last.safetensors", "metrics.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+    for split, count in (("validation", 24), ("submission", 3)):
+        run("train.py", "--out", out, "--predict", split)
+        results = read_json(out / f"{split}-VQAv2.json")
+        assert len(results) == count and all(type(r["question_id"]) is int and set(r) == {"question_id", "answer"} for r in results)
+    right = [r["answer"] == ANSWERS[r["question_id"] // 10 % 4] for r in read_json(out / "validation-VQAv2.json")]
+    assert np.isclose(np.mean(right), read_json(out / "metrics.json")["vqa"]["validation"]["accuracy"])
+
+
+def test_text_and_images_in_one_run(checkpoint, vl, glue, tmp_path):
+    """--task rte,vqa: batches of either kind; a text batch never reaches the visual hypernetworks."""
+    both = shutil.copytree(vl, tmp_path / "both")
+    shutil.copytree(glue / "RTE", both / "RTE")
+    run(*command(checkpoint, both, tmp_path / "run", "--steps", 40, "--eval-every", 20, task="rte,vqa"))
+    assert set(read_json(tmp_path / "run" / "metrics.json")) == {"best_step", "rte", "vqa"}
+    assert {row["task"] for row in log_of(tmp_path / "run") if "task" in row} <= {"rte", "vqa"}
+
+
+def test_one_of_several_answers_is_drawn():
+    """In proportion to the shares, by seed and step: a resumed run draws the same."""
+    rows = data.encode_examples([data.Example(["vqa:", "x"], "a", None, str(i), None, (("a", 0.9), ("b", 0.3), ("c", 0.3))) for i in range(8)],
+                                lambda text: [ord(c) for c in text] + [1], 20, 5)
+    class Settings:
+        batch_size, steps, epochs, temperature, seed = 8, 500, 0.0, 2.0, 0
+    _, batch = train_module.make_batches({"vqa": {"train": rows}}, Settings)
+    drawn = torch.cat([batch(step)[2][:, 0] for step in range(500)])
+    counts = [(drawn == ord(c)).float().mean().item() for c in "abc"]
+    assert np.allclose(counts, [0.6, 0.2, 0.2], atol=0.03)
+    again = train_module.make_batches({"vqa": {"train": rows}}, Settings)[1]
+    assert all(torch.equal(batch(step)[2], again(step)[2]) for step in (3, 77)) and not torch.equal(batch(3)[2], batch(4)[2])
+
+
+def test_mistakes(finished, checkpoint, vl, tmp_path):
+    """Each in one line, exit code 2, and with the place."""
+    base = lambda *more: run(*command(checkpoint, vl, tmp_path / "none", *more), ok=False)[1]
+    assert "--features: found nothing" in base("--features", "")
+    assert "train2014.npy: no such file" in base("--features", tmp_path)
+    assert "found 5 grid cells" in base("--prefix-length", 7)
+    assert "lets no image in" in base("--method", "norms")
+    other = tmp_path / "features"
+    for change, message in ((dict(width=7), "[5, 7]"), (dict(weights="9"), "weights 9"), (dict(ids=["1", "2"]), "ids for 12 rows")):
+        shutil.copytree(vl / "features", other, dirs_exist_ok=True)
+        write_features(other, "val2014", range(12), **change)
+        assert message in base("--features", other)
+    write_features(other, "val2014", range(9))
+    assert "6 of 24 examples of vqa validation have no features" in base("--features", other) and "val2014/9" in base("--features", other)
+    content = (vl / "features" / "val2014.npy").read_bytes()
+    shutil.copytree(vl / "features", other, dirs_exist_ok=True)
+    (other / "val2014.npy").write_bytes(content[:-30])
+    assert "val2014.npy: found" in base("--features", other)
+    shutil.copytree(vl / "features", other, dirs_exist_ok=True)
+    write_features(other, "val2014", range(12), seed=1)
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert "another features" in run("train.py", "--out", out, "--resume", "--features", other, ok=False)[1]
