@@ -88,6 +88,8 @@ class VisionTransformer(nn.Module):
         width, _, patch, _ = need("embeddings.patch_embedding.weight", 4)
         rows, _ = need("embeddings.position_embedding.weight", 2)
         inner, _ = need("encoder.layers.0.mlp.fc1.weight", 2)
+        if rows - 1 != math.isqrt(rows - 1)**2:
+            need("embeddings.position_embedding.weight", 2, "[1 + a square, width]")
         grid, layers = math.isqrt(rows - 1), len({m[1] for m in map(re.compile(r"encoder\.layers\.(\d+)\.").match, names) if m})
         path = folder / "config.json"
         config = read_json(path)
