@@ -332,6 +332,8 @@ def open_images(source, ids_file=None):
     path = Path(ids_file or source.with_suffix(".json"))
     try:
         ids = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, expected a JSON list of the ids of {source.name}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     ids = check_ids(path, ids, len(pixels))
@@ -439,47 +441,96 @@ def digest(path):
     return content.hexdigest()
 
 
+class Writer:
+    """A feature file as it grows: rows are appended to FILE.npy.part, and FILE.json.part says how many of them count.
+
+    Both are put in place when they are whole, the .json last. Raises UserError where FILE.npy or FILE.json exists.
+    """
+
+    def __init__(self, out, settings, ids, names):
+        self.out, self.about = Path(out), Path(out).with_suffix(".json")
+        self.part, self.progress = Path(f"{self.out}.part"), Path(f"{self.about}.part")
+        self.ids, self.names, self.cells = ids, names, (math.prod(settings["grid"]), settings["width"])
+        settings = json.loads(json.dumps(settings))                          # tuples become lists, as they will be read
+        images = hashlib.sha256(json.dumps([names, ids]).encode()).hexdigest()
+        self.state = {"settings": settings, "images": images, "done": 0, "rows": 0, "skipped": []}
+        if self.progress.exists():
+            self.resume(read_json(self.progress))
+        for path in (self.out, self.about):
+            if path.exists():
+                raise UserError(f"{path}: exists already; remove it to compute it again")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.part, "r+b" if self.state["rows"] else "wb")
+        self.file.write(header((len(ids), *self.cells)))
+        self.file.truncate(self.end())                                       # rows that were written after the last save
+        self.file.seek(0, os.SEEK_END)
+        self.save()
+
+    def end(self):
+        """The size of a file with the rows so far."""
+        return len(header((len(self.ids), *self.cells))) + self.state["rows"] * 2 * math.prod(self.cells)
+
+    def resume(self, saved):
+        """Take over the state of an interrupted run where it had the same settings and images."""
+        if {**saved, "done": 0, "rows": 0, "skipped": []} == self.state:
+            fresh, self.state = self.state, saved
+            if saved["done"] == len(self.ids) and self.out.exists() and not self.about.exists() and not self.part.exists():
+                os.replace(self.out, self.part)                              # it was stopped between the two last steps
+            if self.part.exists() and self.part.stat().st_size >= self.end():
+                return
+            self.state = fresh
+        if not self.out.exists():
+            print(f"note: {self.part} does not fit this command (settings, weights or images); beginning again", file=sys.stderr)
+
+    def append(self, rows, count, skipped):
+        """`count` more images are done: `rows` (array [B, N, V], or None) of the good ones, and the names of the others."""
+        if rows is not None:
+            self.file.write(rows.astype("<f2").tobytes())
+            self.state["rows"] += len(rows)
+        self.state["done"] += count
+        self.state["skipped"] += skipped
+
+    def save(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())                                         # the rows are on the disk before the number is
+        write_whole(self.progress, json.dumps(self.state).encode())
+
+    def finish(self, model):
+        """Put the true number of rows into the header, and both files in their places."""
+        self.file.seek(0)
+        self.file.write(header((self.state["rows"], *self.cells)))
+        self.save()
+        self.file.close()
+        skipped = set(self.state["skipped"])
+        meta = {"model": model, **self.state["settings"], "skipped": self.state["skipped"], "sha256": digest(self.part),
+                "ids": [id for id, name in zip(self.ids, self.names) if name not in skipped]}
+        os.replace(self.part, self.out)
+        write_whole(self.about, json.dumps(meta, indent=1).encode() + b"\n")
+        self.progress.unlink()
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
 def extract(args):
-    """What the command does. While it runs, rows are appended to FILE.npy.part, and FILE.json.part says how many count."""
-    out, about = Path(args.out), Path(args.out).with_suffix(".json")
-    part, progress = Path(f"{out}.part"), Path(f"{about}.part")
-    if out.suffix != ".npy":
-        raise UserError(f"--out {out}: expected a name that ends with .npy")
+    if Path(args.out).suffix != ".npy":
+        raise UserError(f"--out {args.out}: expected a name that ends with .npy")
     if args.batch_size < 1:
         raise UserError(f"--batch-size: found {args.batch_size}, expected at least 1")
     model, weights = load_encoder(args.model)
     size = model.trained_size if args.size is None else args.size
     if size < 1 or size % model.stride:
         raise UserError(f"--size: found {size}, expected a multiple of {model.stride}")
-    ids, names, read = open_images(args.images, args.ids)
-    side, count = size // model.stride, len(ids)
+    side, (ids, names, read) = size // model.stride, open_images(args.images, args.ids)
     settings = {"kind": model.kind, "weights": digest(weights)[:16], "features": model.output, "grid": [side, side], "width": model.width,
                 "preprocessing": {"size": size, "trained_size": model.trained_size, "mean": MEAN, "std": STD,
                                   "resize": "both sides, bicubic" if args.squash else "shorter side, bicubic, then centre crop"}}
-    settings = json.loads(json.dumps(settings))                              # tuples become lists, as they will be read
-    images = hashlib.sha256(json.dumps([names, ids]).encode()).hexdigest()
-    state = {"settings": settings, "images": images, "done": 0, "rows": 0, "skipped": []}
-    start = len(header((count, side * side, model.width)))                   # the first row's place in the file
-    row_bytes = 2 * side * side * model.width
-
-    if progress.exists():
-        saved = read_json(progress)
-        same = {**saved, "done": 0, "rows": 0, "skipped": []} == state
-        if same and saved["done"] == count and out.exists() and not about.exists() and not part.exists():
-            os.replace(out, part)                                            # it was stopped within the very last steps
-        if same and part.exists() and part.stat().st_size >= start + saved["rows"] * row_bytes:
-            state = saved
-        elif not out.exists():
-            print(f"note: {part} does not fit this command (settings, weights or images); beginning again", file=sys.stderr)
-    for path in (out, about):
-        if path.exists():
-            raise UserError(f"{path}: exists already; remove it to compute it again")
+    writer = Writer(args.out, settings, ids, names)
+    state, count, saved_at = writer.state, len(ids), time.monotonic()
     if state["skipped"] and not args.skip_broken:
-        raise UserError(f"{progress}: the interrupted run left out broken images, as {state['skipped'][0]}; go on with --skip-broken")
-
+        raise UserError(f"{writer.progress}: the interrupted run left out broken images, as {state['skipped'][0]}; go on with --skip-broken")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    stop, saved_at = [], time.monotonic()
+    stop = []                                                                # the signals received so far
 
     def on_signal(number, frame):
         if stop:                                                             # asked twice: at once
@@ -488,59 +539,36 @@ def extract(args):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "r+b" if state["done"] else "wb") as file:
-
-        def save():                                                          # the rows are on the disk before the number is
-            file.flush()
-            os.fsync(file.fileno())
-            write_whole(progress, json.dumps(state).encode())
-
-        file.write(header((count, side * side, model.width)))
-        file.truncate(start + state["rows"] * row_bytes)                     # rows that were written after the last save
-        file.seek(0, os.SEEK_END)
-        save()
-        batches = read_ahead(lambda i: preprocess(read(i), size, args.squash), state["done"], count, args.batch_size)
-        with contextlib.closing(batches), torch.inference_mode(), \
-                tqdm(total=count, initial=state["done"], unit=" images", smoothing=0.05, disable=None) as bar:
-            for batch in batches:
-                broken = {state["done"] + i: problem for i, problem in enumerate(batch) if isinstance(problem, Broken)}
-                if broken and not args.skip_broken:
-                    save()
-                    raise UserError(f"{next(iter(broken.values()))}; --skip-broken leaves such images out")
-                for i, problem in broken.items():
-                    bar.write(f"left out: {' '.join(str(problem).split())}", file=sys.stderr)
-                good = [pixels for pixels in batch if not isinstance(pixels, Broken)]
-                if good:
-                    features = model(normalise(torch.stack(good).to(device))).half()             # [B, N, V]
-                    if not features.isfinite().all():
-                        raise UserError(f"images {state['done'] + 1} to {state['done'] + len(batch)}: a feature is not finite in float16")
-                    file.write(features.cpu().numpy().astype("<f2").tobytes())
-                state["done"] += len(batch)
-                state["rows"] += len(good)
-                state["skipped"] += [names[i] for i in broken]
-                bar.update(len(batch))
-                if stop or time.monotonic() - saved_at > SAVE_EVERY:
-                    save()
-                    saved_at = time.monotonic()
-                if stop:
-                    break
-        if state["done"] == count:
-            if not state["rows"]:
-                raise UserError(f"{args.images}: none of the {count} images can be decoded")
-            file.seek(0)
-            file.write(header((state["rows"], side * side, model.width)))
-            save()
+    batches = read_ahead(lambda i: preprocess(read(i), size, args.squash), state["done"], count, args.batch_size)
+    with contextlib.closing(batches), torch.inference_mode(), \
+            tqdm(total=count, initial=state["done"], unit=" images", smoothing=0.05, disable=None) as bar:
+        for batch in batches:
+            broken = {names[state["done"] + i]: problem for i, problem in enumerate(batch) if isinstance(problem, Broken)}
+            for problem in broken.values():
+                if not args.skip_broken:
+                    writer.save()
+                    raise UserError(f"{problem}; --skip-broken leaves such images out")
+                bar.write(f"left out: {' '.join(str(problem).split())}", file=sys.stderr)
+            good, features = [pixels for pixels in batch if not isinstance(pixels, Broken)], None
+            if good:
+                features = model(normalise(torch.stack(good).to(device))).half()                 # [B, N, V]
+                if not features.isfinite().all():
+                    raise UserError(f"images {state['done'] + 1} to {state['done'] + len(batch)}: a feature is not finite in float16")
+                features = features.cpu().numpy()
+            writer.append(features, len(batch), list(broken))
+            bar.update(len(batch))
+            if stop or time.monotonic() - saved_at > SAVE_EVERY:
+                writer.save()
+                saved_at = time.monotonic()
+            if stop:
+                break
     if state["done"] < count:
         leave(f"stopped at image {state['done']} of {count}; the same command goes on", 128 + stop[0])
-    skipped = set(state["skipped"])
-    meta = {"model": Path(args.model).resolve().name, **settings, "skipped": state["skipped"], "sha256": digest(part),
-            "ids": [id for id, name in zip(ids, names) if name not in skipped]}
-    os.replace(part, out)
-    write_whole(about, json.dumps(meta, indent=1).encode() + b"\n")
-    progress.unlink()
-    print(f"{out}: {state['rows']:,} images x {side * side} cells x {model.width}, float16"
-          + (f"; {len(skipped)} broken images left out, named in {about}" if skipped else ""))
+    if not state["rows"]:
+        raise UserError(f"{args.images}: none of the {count} images can be decoded")
+    writer.finish(Path(args.model).resolve().name)
+    print(f"{args.out}: {state['rows']:,} images x {side * side} cells x {model.width}, float16"
+          + (f"; {len(state['skipped'])} broken images left out, named in {writer.about}" if state["skipped"] else ""))
 
 
 def main():
