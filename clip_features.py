@@ -342,7 +342,7 @@ def open_images(source, ids_file=None):
 
 def open_folder(folder):
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise UserError("decoding images needs Pillow (pip install pillow); an .npy file of pixels does not") from None
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -360,8 +360,11 @@ def open_folder(folder):
         content = (folder / names[i]).read_bytes()                           # a failing disk is no broken image
         try:
             return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        except MemoryError:
+            raise
         except Exception as error:                                           # decoders raise nearly everything
-            raise Broken(f"{folder / names[i]}: not a whole image ({error})") from None
+            what = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+            raise Broken(f"{folder / names[i]}: not a whole image ({what})") from None
 
     return list(seen), names, read
 

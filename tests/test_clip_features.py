@@ -512,6 +512,27 @@ def test_a_crash_at_any_write(vit, tmp_path, monkeypatch):
     assert fails > len(calls) >= 6                               # the last round met no failure
 
 
+def test_a_part_that_was_cut(vit, tmp_path, monkeypatch, capsys):
+    """Fewer rows on the disk than the progress says (a disk that lost them): noted, and computed again."""
+    path = make_array(tmp_path, 11)
+    command(vit, path, tmp_path / "whole.npy")
+    (tmp_path / "f.json").mkdir()                                # nothing can be put in place here
+    arguments = ["--model", vit, "--images", path, "--out", tmp_path / "f.npy", "--batch-size", 4]
+    with pytest.raises(UserError, match="exists already"):
+        in_process(monkeypatch, *arguments)
+    (tmp_path / "f.json").rmdir()
+    write_whole, calls = clip_features.write_whole, []
+    monkeypatch.setattr(clip_features, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(clip_features, "write_whole", lambda *a: write_whole(*a) if calls.append(a) or len(calls) < 3 else os.truncate(tmp_path / "f.npy.part", 1500) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        in_process(monkeypatch, *arguments)
+    monkeypatch.setattr(clip_features, "write_whole", write_whole)
+    assert read_json(tmp_path / "f.json.part")["rows"] == 4 and capsys.readouterr().err == ""
+    in_process(monkeypatch, *arguments)
+    assert "beginning again" in capsys.readouterr().err
+    assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
 def test_other_settings_begin_again(vit, tmp_path):
     path = make_array(tmp_path, 1200, size=40)
     arguments = ["--model", vit, "--images", path, "--out", tmp_path / "f.npy", "--batch-size", 4]
@@ -538,7 +559,7 @@ def test_a_broken_image(how, vit, tmp_path):
     whole = load_features(tmp_path / "whole.npy")[0]
     broken = [break_image(images, i, how) for i in (5, 9)]
     _, error = command(vit, images, out, ok=False)
-    assert str(broken[0]) in error and "--skip-broken" in error
+    assert f"{broken[0]}: not a whole image" in error and "--skip-broken" in error and "0x" not in error
     assert read_json(tmp_path / "f.json.part")["done"] == 4 and not out.exists()         # the first batch is kept
     printed, error = command(vit, images, out, "--skip-broken")
     assert "2 broken images left out" in printed and error.count("left out: ") == 2 == error.count("\n") and all(str(path) in error for path in broken)
