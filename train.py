@@ -468,7 +468,7 @@ def main():
                       for name, by_split in splits.items()))
     if settings.predict:
         load_best(out / "best.safetensors", model)
-        return predict(model, tokenizer, tasks, splits, settings)
+        return predict(model, tokenizer, tasks, splits, rows, settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     if not settings.eval_only:
@@ -481,7 +481,7 @@ def main():
     print(f"best step {best_step}:   {show(result)}\nsaved in {out}")
 
 
-def predict(model, tokenizer, tasks, splits, settings):
+def predict(model, tokenizer, tasks, splits, rows, settings):
     """Write a GLUE submission file for a split of every task (mnli: one for each genre set), or an image task's results file."""
     for task in tasks.values():
         if settings.predict != "submission" and settings.predict not in splits[task.name]:
@@ -494,15 +494,14 @@ def predict(model, tokenizer, tasks, splits, settings):
             if task.name == "mnli":
                 files = {"submission": "MNLI-m.tsv", "submission_mismatched": "MNLI-mm.tsv"}
         for split, file in files.items():
-            examples = splits[task.name].get(split)
-            if examples is None:
-                examples = data.read_unlabelled(task, settings.data_dir) if task.name in data.IMAGE_TASKS else data.read_split(task, settings.data_dir, split)
-            rows = {task.name: {split: encode(examples, tokenizer, settings)}}
-            load_images(settings, {task.name: {split: examples}}, rows)
+            visual, known = task.name in data.IMAGE_TASKS, splits[task.name]
+            if split not in known:
+                known[split] = data.read_unlabelled(task, settings.data_dir) if visual else data.read_split(task, settings.data_dir, split)
+                rows[task.name][split] = encode(known[split], tokenizer, settings)
+                load_images(settings, {task.name: known}, rows)              # all once more: their features must be alike
+            examples, path = known[split], Path(settings.out) / file
             texts = answer(model, tokenizer, task, rows[task.name][split], [])
-            path = Path(settings.out) / file
-            write = data.write_results if task.name in data.IMAGE_TASKS else data.write_submission
-            unknown = write(path, task, texts, examples)
+            unknown = (data.write_results if visual else data.write_submission)(path, task, texts, examples)
             print(f"{path}: {len(examples):,} predictions" + (f"; {unknown} answers were no label" if unknown else ""))
 
 

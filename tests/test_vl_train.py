@@ -14,13 +14,13 @@ from test_train import TINY, log_of
 ANSWERS = ["cat", "dog", "bird", "fish"]
 
 
-def write_features(folder, image_set, ids, cells=5, width=6, seed=0, **meta):
+def write_features(folder, image_set, images, cells=5, width=6, seed=0, **meta):
     """A feature file as clip_features.py writes it: image i shows answer i % 4, as a direction in all its cells."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
-    features = rng.normal(0, 0.1, (len(ids), cells, width)) + 2 * np.eye(4, width)[np.array(ids) % 4][:, None]
+    features = rng.normal(0, 0.1, (len(images), cells, width)) + 2 * np.eye(4, width)[np.array(images) % 4][:, None]
     np.save(folder / f"{image_set}.npy", features.astype(np.float16))
-    about = dict(ids=[str(i) for i in ids], kind="made up", weights="0", preprocessing={}, sha256=f"{image_set} {seed}") | meta
+    about = dict(ids=[str(i) for i in images], kind="made up", weights="0", preprocessing={}, sha256=f"{image_set} {seed}") | meta
     (folder / f"{image_set}.json").write_text(json.dumps(about))
 
 
@@ -41,7 +41,7 @@ def vl(tmp_path_factory):
 
 
 def command(checkpoint, vl, out, *more, task="vqa"):
-    return ["train.py", "--task", task, "--model", checkpoint, "--data-dir", vl, "--features", vl / "features", "--out", out, *TINY, *more]
+    return ["train.py", "--task", task, "--model", checkpoint, "--data-dir", vl, "--features", vl / "features", "--out", out, "--split", "official", *TINY, *more]
 
 
 RUN = ["--steps", 100, "--eval-every", 50, "--lr", 0.02, "--warmup-steps", 4]
@@ -97,6 +97,9 @@ def test_resume_and_predict(finished, checkpoint, vl, tmp_path):
         run("train.py", "--out", out, "--predict", split)
         results = read_json(out / f"{split}-VQAv2.json")
         assert len(results) == count and all(type(r["question_id"]) is int and set(r) == {"question_id", "answer"} for r in results)
+    other = shutil.copytree(vl / "features", tmp_path / "features")
+    write_features(other, "test2015", range(3), weights="9")
+    assert "weights 9" in run("train.py", "--out", out, "--predict", "submission", "--features", other, ok=False)[1]
     right = [r["answer"] == ANSWERS[r["question_id"] // 10 % 4] for r in read_json(out / "validation-VQAv2.json")]
     assert np.isclose(np.mean(right), read_json(out / "metrics.json")["vqa"]["validation"]["accuracy"])
 
