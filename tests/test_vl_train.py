@@ -144,7 +144,7 @@ def test_mistakes(finished, checkpoint, vl, tmp_path):
     content = (vl / "features" / "val2014.npy").read_bytes()
     shutil.copytree(vl / "features", other, dirs_exist_ok=True)
     (other / "val2014.npy").write_bytes(content[:-30])
-    assert "val2014.npy: found" in base("--features", other)
+    assert "val2014.npy: not a whole .npy file" in base("--features", other)
     shutil.copytree(vl / "features", other, dirs_exist_ok=True)
     write_features(other, "val2014", range(12), seed=1)
     out = shutil.copytree(finished, tmp_path / "run")
