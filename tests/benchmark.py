@@ -1,10 +1,12 @@
 """Time of a training step, on the same batches in one run: this project's methods against transformers' T5.
 
     python tests/benchmark.py --model DIR --data-dir DIR [--rounds 3]
+    python tests/benchmark.py --model DIR --data-dir VL --features DIR       # batches of vqa: with images against without
 
 All models are frozen but for what they train (transformers: the layer norms), take the same length-bucketed RTE batches of
 32 rows and run forward, backward and AdamW; bfloat16 (transformers: autocast). The programs take turns on every batch; the
 ratio of a pair is the median over the batches. transformers runs with SDPA where its version has it for T5 (5 and newer).
+With images there is no transformers to compare with: each way of vision is compared with the same questions without images.
 """
 import argparse
 import statistics
@@ -27,7 +29,10 @@ def main():
     parser.add_argument("--data-dir", required=True, help="folder with RTE")
     parser.add_argument("--batches", type=int, default=10, help="different batches (default: 10)")
     parser.add_argument("--rounds", type=int, default=3, help="times that all batches are run (default: 3)")
+    parser.add_argument("--features", help="folder of image features: compare the ways of vision on vqa")
     args = parser.parse_args()
+    if args.features:
+        return images(args)
     import transformers
 
     task, tokenizer = data.TASKS["rte"], Tokenizer.from_pretrained(args.model)
@@ -75,6 +80,38 @@ def main():
     for name in models:
         ratio = lambda other: statistics.median(a / b for a, b in zip(times[name], times[other]))
         print(f"{name:16}{ratio('norms'):>14.2f}{ratio('transformers'):>21.2f}")
+
+
+def images(args):
+    """Forward and backward of batches of 32 questions: with each way of vision, and without images (task side only)."""
+    import train
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    splits = {"vqa": {"validation": data.read_questions(data.find_task("vqa"), data.find_folder(data.find_task("vqa"), args.data_dir), "val2014")}}
+    settings = argparse.Namespace(features=args.features, vision="tokens", prefix_length=49, seed=0)
+    rows = {"vqa": {"validation": data.encode_examples(splits["vqa"]["validation"], tokenizer.encode, 128, 16)}}
+    width, _ = train.load_images(settings, splits, rows)
+    rows = rows["vqa"]["validation"]
+    plan = data.plan_epoch(np.array([len(row.source) for row in rows]), 32, [0])[:args.batches]
+    batches = [[torch.from_numpy(data.pad([rows[i].source for i in chosen], 0)), torch.from_numpy(data.pad([rows[i].targets[0] for i in chosen], -100)),
+                train.gather_images([rows[i] for i in chosen])] for chosen in plan]
+    names = ["task side only", "both", "prefix", "adapter", "tokens"]
+    models = {name: HyperPELT(T5.from_pretrained(args.model), ["vqa"], HyperPELTConfig(visual_width=width, vision=name), torch.bfloat16).train()
+              for name in names[1:]}
+    models["task side only"], times = models["both"], {name: [] for name in names}
+    for round in range(args.rounds + 1):                         # the first round warms up
+        for ids, labels, features in batches:
+            for name in names:
+                start = time.perf_counter()
+                models[name](ids, ids != 0, labels, "vqa", features=None if name == "task side only" else features)[1].backward()
+                times[name].append(time.perf_counter() - start)
+                models[name].zero_grad()
+    with torch.no_grad():
+        sites = models["both"].inject(models["both"].generate_sites("vqa"), batches[0][2])["sites"].values()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; questions of {batches[0][0].size(1)} to {max(b[0].size(1) for b in batches)} tokens")
+    for name in names:
+        print(f"{name:16}{statistics.median(a / b for a, b in list(zip(times[name], times['task side only']))[len(batches):]):>10.2f}")
+    size = sum(part.numel() * part.element_size() for site in sites for part in site.parts[1]) / len(batches[0][2])
+    print(f"generated weights of an image: {size / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":
