@@ -313,6 +313,26 @@ def test_pixels_equal_pillow(kind, squash):
                 assert np.abs(found.numpy() - whole).max() <= 1
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_photographs(mode, tmp_path):
+    """Two real photographs, cut to odd sizes, as JPEG and PNG of each kind, against one call of Pillow."""
+    Image = pytest.importorskip("PIL.Image")
+    from sklearn.datasets import load_sample_images
+    for number, pixels in enumerate(load_sample_images().images):
+        image = Image.fromarray(pixels[3 * number:, 7:]).convert(mode)
+        image.save(tmp_path / f"{number}.{'jpg' if mode in ('RGB', 'L') else 'png'}")
+    _, names, read = clip_features.open_images(tmp_path)
+    assert len(names) == 2
+    for i, name in enumerate(names):
+        with Image.open(tmp_path / name) as image:
+            assert image.mode == mode and image.height % 2 + image.width % 2 > 0
+            whole = image.convert("RGB")
+        whole = whole.resize((int(224 * whole.width / whole.height), 224), Image.Resampling.BICUBIC)
+        left = int(round((whole.width - 224) / 2.0))
+        expected = np.asarray(whole.crop((left, 0, left + 224, 224))).transpose(2, 0, 1).astype(int)
+        assert np.abs(preprocess(read(i), 224).numpy() - expected).max() <= 1 and expected.std() > 20
+
+
 def test_kinds_of_files(tmp_path):
     """Grey, RGBA, palette and 16-bit pictures are converted as CLIP does; ids come from COCO's names and from others."""
     Image = pytest.importorskip("PIL.Image")

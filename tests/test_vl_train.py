@@ -113,6 +113,36 @@ def test_text_and_images_in_one_run(checkpoint, vl, glue, tmp_path):
     assert {row["task"] for row in log_of(tmp_path / "run") if "task" in row} <= {"rte", "vqa"}
 
 
+def test_other_tasks_with_images(checkpoint, tmp_path):
+    """Captions (by beam search), GQA and SNLI-VE from their official files to a results file, all in one model; OK-VQA is read as VQAv2 is."""
+    for name in ("COCO", "GQA", "SNLI-VE"):
+        (tmp_path / name).mkdir()
+    for split, subset, count in (("train", "train2014", 12), ("val", "val2014", 6), ("dev", "", 6)):
+        write_features(tmp_path / "features", subset or "gqa", range(count if subset else 20))
+        if subset:
+            captions = dict(images=[dict(id=i) for i in range(count)],
+                            annotations=[dict(id=2 * i + k, image_id=i, caption=f"a {ANSWERS[i % 4]} {word}") for i in range(count) for k, word in enumerate(["red", "big"])])
+            (tmp_path / "COCO" / f"captions_{subset}.json").write_text(json.dumps(captions))
+            questions = {f"0{i}": dict(question="is it a man", imageId=str(i), answer=ANSWERS[i % 4]) for i in range(count)}
+            (tmp_path / "GQA" / f"{split}_balanced_questions.json").write_text(json.dumps(questions))
+        if split != "val":
+            lines = [dict(gold_label=["entailment", "neutral", "contradiction", "-"][i % 4], sentence2="a cat eats", Flickr30K_ID=str(i), pairID=f"{i}#0") for i in range(count)]
+            (tmp_path / "SNLI-VE" / f"snli_ve_{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_features(tmp_path / "features", "flickr30k", range(20))
+    out = tmp_path / "run"
+    run(*command(checkpoint, tmp_path, out, "--steps", 30, "--eval-every", 15, task="caption,gqa,snlive"))
+    metrics = read_json(out / "metrics.json")
+    assert set(metrics["caption"]["validation"]) == {"cider", "bleu4"} and set(metrics["snlive"]["validation"]) == {"accuracy"}
+    best = max((row for row in log_of(out) if "mean" in row), key=lambda row: row["mean"])
+    counted = [best["validation"][task]["validation"][name] for task, name in (("caption", "cider"), ("gqa", "accuracy"), ("snlive", "accuracy"))]
+    assert np.isclose(best["mean"], np.mean(counted)) and metrics["best_step"] == best["step"]         # BLEU-4 does not count
+    run("train.py", "--out", out, "--predict", "validation")
+    assert [row["image_id"] for row in read_json(out / "validation-COCO.json")] == list(range(6))
+    assert [row["questionId"] for row in read_json(out / "validation-GQA.json")] == [f"0{i}" for i in range(6)]
+    assert [json.loads(line)["pairID"] for line in (out / "validation-SNLI-VE.jsonl").read_text().splitlines()] == ["0#0", "1#0", "2#0", "4#0", "5#0"]
+    assert "caption has no test questions" in run("train.py", "--out", out, "--predict", "submission", ok=False)[1]
+
+
 def test_one_of_several_answers_is_drawn():
     """In proportion to the shares, by seed and step: a resumed run draws the same."""
     rows = data.encode_examples([data.Example(["vqa:", "x"], "a", None, str(i), None, (("a", 0.9), ("b", 0.3), ("c", 0.3))) for i in range(8)],
