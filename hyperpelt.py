@@ -10,7 +10,8 @@ Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are 
     (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up                     adapter, u = norm(x)
     (6)  y = x + FFN(u) + lambda A(u)                                   parallel to the feed-forward block
 VL-HyperPELT, for a task that comes with images, has a second side, with hypernetworks h_P^v and h_A^v of its own:
-    (7)  z_v = V W_v + c_v                                              visual embedding of an image's N grid features V
+    (7)  z_v = V W_v + c_v                                              visual embedding of an image's N grid features V,
+                                                                        each normalised first [C]
     (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v    visual hyper-embedding, through (2) and (4) again
     (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]        the image's prefix after the task's
     (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                 the image's adapter beside the task's
@@ -61,6 +62,7 @@ class HyperPELTConfig:
     adapter_scale: float = 0.1      # lambda of eq. (6) at the start [C: steadier than 1, X: MAM; see README]; trained [R]
     position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
     visual_width: int = 0           # V; 0: no image side. 2048: the last map of CLIP's ResNet-101 [R, X: VL-Adapter]
+    visual_norm: bool = True        # layer norm, without weights, on V: encoders' features differ in scale a hundredfold [C]
     vision: str = "both"            # a key of VISION; of a method without prefixes (adapters) an image gets none either [C]
 
 
@@ -296,6 +298,7 @@ class HyperPELT(nn.Module):
         the baseline with image tokens only, `front`, embedded tokens [B, N, D] before the text."""
         if features is None:                                                # a text batch pays nothing for the visual side
             return dict(sites=sites)
+        features = F.layer_norm(features.float(), features.shape[-1:]) if self.config.visual_norm else features
         features = features.to(self.t5.dtype)
         if self.image_tokens is not None:
             weight, bias = (p.to(self.t5.dtype) for p in self.image_tokens.parameters())
