@@ -297,7 +297,7 @@ def training_state(model, optimiser):
         state = optimiser.state[parameter]
         if not state:
             state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
-        tensors.update({f"trained.{name}": parameter, f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]})
+        tensors.update({f"trained.{name}": parameter, **{f"{part}.{name}": state[part] for part in ("step", "exp_avg", "exp_avg_sq")}})
     tensors["generator.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.cuda.get_rng_state()
@@ -315,8 +315,6 @@ def load_last(path, model, optimiser):
     found, progress = load_tensors(path, tensors, dict(step=int, evaluated=int, best_step=int, best=float))
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
-    for state in optimiser.state.values():
-        state["step"].fill_(progress["step"])
     try:
         torch.set_rng_state(found["generator.cpu"])
         if "generator.cuda" in found:

@@ -1,6 +1,9 @@
 """The command line on tasks with images, at tiny size: made-up questions in VQAv2's format about made-up features."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 
 import data
 import train as train_module
-from conftest import read_json, run
+from conftest import ROOT, read_json, run
 from test_train import TINY, log_of
 
 ANSWERS = ["cat", "dog", "bird", "fish"]
@@ -78,18 +81,21 @@ def test_ways_of_vision(vision, has, lacks, checkpoint, vl, tmp_path):
     assert read_json(out / "metrics.json") == before
 
 
-def test_resume_and_predict(finished, checkpoint, vl, tmp_path):
-    """Stopped at step 50, the run ends as the one that was not; the results file is the official one."""
-    out = tmp_path / "run"
+def run_killed_at(step, arguments):
+    """Run a command that dies as soon as it has saved at a step."""
     killer = ("import os, sys, train, data; old = train.save_last\n"
               "def save(path, model, optimiser, progress):\n"
               "    old(path, model, optimiser, progress)\n"
-              "    if progress['step'] == 50: os._exit(9)\n"
+              f"    if progress['step'] == {step}: os._exit(9)\n"
               "train.save_last = save; data.run(train.main)")
-    import subprocess, sys, os
-    from conftest import ROOT
-    done = subprocess.run([sys.executable, "-c", killer, *map(str, command(checkpoint, vl, out, *RUN)[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", killer, *map(str, arguments[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 9
+
+
+def test_resume_and_predict(finished, checkpoint, vl, tmp_path):
+    """Stopped at step 50, the run ends as the one that was not; the results file is the official one."""
+    out = tmp_path / "run"
+    run_killed_at(50, command(checkpoint, vl, out, *RUN))
     run("train.py", "--out", out, "--resume")
     for name in ("best.safetensors", "last.safetensors", "metrics.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
@@ -105,10 +111,15 @@ def test_resume_and_predict(finished, checkpoint, vl, tmp_path):
 
 
 def test_text_and_images_in_one_run(checkpoint, vl, glue, tmp_path):
-    """--task rte,vqa: batches of either kind; a text batch never reaches the visual hypernetworks."""
+    """--task rte,vqa: batches of either kind, of which the visual hypernetworks learn by one; resumed exactly all the same."""
     both = shutil.copytree(vl, tmp_path / "both")
     shutil.copytree(glue / "RTE", both / "RTE")
-    run(*command(checkpoint, both, tmp_path / "run", "--steps", 40, "--eval-every", 20, task="rte,vqa"))
+    arguments = lambda name: command(checkpoint, both, tmp_path / name, "--steps", 40, "--eval-every", 20, task="rte,vqa")
+    run(*arguments("run"))
+    run_killed_at(20, arguments("killed"))
+    run("train.py", "--out", tmp_path / "killed", "--resume")
+    for name in ("best.safetensors", "last.safetensors", "metrics.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
     assert set(read_json(tmp_path / "run" / "metrics.json")) == {"best_step", "rte", "vqa"}
     assert {row["task"] for row in log_of(tmp_path / "run") if "task" in row} <= {"rte", "vqa"}
 
