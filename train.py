@@ -97,6 +97,7 @@ def parse_settings():
         parser.add_argument(f"--{name}", **kind, help=text if "default:" in text else f"{text} (default: {default})")
     for name, text in FLAGS:
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument("--image-tokens", dest="vision", action="store_const", const="tokens", help="short for --vision tokens")
     parser.add_argument("--predict", metavar="SPLIT", choices=["validation", "test", "submission"],
                         help="write the answers of best.safetensors on a split as a GLUE submission file")
     given = vars(parser.parse_args())

@@ -73,7 +73,7 @@ def test_ways_of_vision(vision, has, lacks, checkpoint, vl, tmp_path):
     """Each runs, saves what it trains, and answers from its best checkpoint as it did while training."""
     from safetensors.torch import load_file
     out = tmp_path / "run"
-    run(*command(checkpoint, vl, out, "--steps", 8, "--vision", vision))
+    run(*command(checkpoint, vl, out, "--steps", 8, *(["--image-tokens"] if vision == "tokens" else ["--vision", vision])))
     names = load_file(out / "best.safetensors")
     assert any(name.startswith(has) for name in names) and not any(lacks in name for name in names)
     before = read_json(out / "metrics.json")
