@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections import deque
@@ -34,7 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data import Parser, UserError, leave, read_json, run, write_whole
+from data import Parser, UserError, catch_signals, digest, leave, parse_json, read_json, run, write_whole
 
 FILES = ["model.safetensors", "open_clip_model.safetensors"]
 TEXT_HALF = ("text_model.", "text_projection", "logit_scale", "logit_bias", "positional_embedding", "token_embedding.",
@@ -330,13 +329,9 @@ def open_images(source, ids_file=None):
     if pixels.shape[3] != 3 or 0 in pixels.shape:
         raise UserError(f"{source}: found shape {list(pixels.shape)}, expected [images, height, width, 3]")
     path = Path(ids_file or source.with_suffix(".json"))
-    try:
-        ids = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, expected a JSON list of the ids of {source.name}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    ids = check_ids(path, ids, len(pixels))
+    if not path.exists():
+        raise UserError(f"{path}: no such file, expected a JSON list of the ids of {source.name}")
+    ids = check_ids(path, parse_json(path.read_bytes(), path), len(pixels))
     return ids, ids, lambda i: pixels[i]
 
 
@@ -436,14 +431,6 @@ def header(shape):
     return content.getvalue()
 
 
-def digest(path):
-    content = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            content.update(block)
-    return content.hexdigest()
-
-
 class Writer:
     """A feature file as it grows: rows are appended to FILE.npy.part, and FILE.json.part says how many of them count.
 
@@ -533,15 +520,7 @@ def extract(args):
         raise UserError(f"{writer.progress}: the interrupted run left out broken images, as {state['skipped'][0]}; go on with --skip-broken")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    stop = []                                                                # the signals received so far
-
-    def on_signal(number, frame):
-        if stop:                                                             # asked twice: at once
-            raise KeyboardInterrupt
-        stop.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    stop = catch_signals()
     batches = read_ahead(lambda i: preprocess(read(i), size, args.squash), state["done"], count, args.batch_size)
     with contextlib.closing(batches), torch.inference_mode(), \
             tqdm(total=count, initial=state["done"], unit=" images", smoothing=0.05, disable=None) as bar:

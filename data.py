@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import signal
 import stat
 import sys
 import time
@@ -219,7 +220,7 @@ def make_splits(task, data_dir, scheme="paper"):
     scheme "paper": fewer than 10,000 training rows: the validation file is halved into validation and test; else 1,000
     training rows become validation (and leave training), the validation file is test (HyperPELT, section 5.1).
     scheme "official": train and validation as the files are; no test, whose labels are not public.
-    Image tasks have their official splits; in the paper's scheme vqa and caption have Karpathy's if dataset_coco.json is found.
+    Image tasks have their official splits; scheme "paper": vqa and caption have Karpathy's [X] if dataset_coco.json is found.
     """
     if isinstance(task, ImageTask):
         folder = find_folder(task, data_dir)
@@ -264,12 +265,12 @@ class Row:
     """An example in ids, made once."""
     source: object       # int32 array
     targets: list        # its right answers, int32 arrays
-    shares: object       # array: answer k is drawn where a random number from 0 to 1 lies below shares[k] and not below shares[k-1]
+    shares: object       # array: their shares, summed up from the first to each one, so that the last is 1
     image: object = None  # (array [images, N, V], row in it), of an image task
 
     def target(self, random):
         """A random number in [0, 1) -> the answer drawn by it."""
-        return self.targets[int(np.searchsorted(self.shares, random, side="right"))] if len(self.targets) > 1 else self.targets[0]
+        return self.targets[int(np.searchsorted(self.shares, random, side="right"))]
 
 
 def encode_examples(examples, encode, max_source_length, max_target_length):
@@ -281,7 +282,8 @@ def encode_examples(examples, encode, max_source_length, max_target_length):
 
     @lru_cache(maxsize=None)
     def shares(weights):
-        return np.cumsum(weights) / sum(weights)
+        sums = np.cumsum(weights)
+        return sums / sums[-1]
 
     return [Row(np.array(encode_source(e.parts, encode, max_source_length), np.int32),
                 [target_ids(text) for text, _ in e.targets] or [target_ids(e.target)], shares(tuple(w for _, w in e.targets) or (1.0,)))
@@ -494,7 +496,7 @@ def read_questions(task, folder, subset, labelled=True):
 
 
 def read_vqa(task, folder, scheme):
-    """VQAv2 or OK-VQA -> {split: [Example]}: train2014 and val2014, or for VQAv2 in the paper's scheme Karpathy's splits."""
+    """VQAv2 or OK-VQA -> {split: [Example]}: train2014 and val2014, or for VQAv2 with scheme "paper" Karpathy's splits."""
     splits = dict(train=read_questions(task, folder, "train2014"), validation=read_questions(task, folder, "val2014"))
     if task.name != "vqa" or scheme == "official":
         return splits
@@ -509,13 +511,16 @@ def read_vqa(task, folder, scheme):
     return {split: [e for e in examples if images[e.image[1]]["split"] == split] for split in ("train", "validation", "test")}
 
 
+def split_files(folder, pattern, *names):
+    """-> pairs of a split and its file; the test split only where its file is there."""
+    paths = [folder / pattern.format(name) for name in names]
+    return [(split, path) for split, path in zip(("train", "validation", "test"), paths) if split != "test" or path.exists()]
+
+
 def read_gqa(task, folder, scheme):
     """GQA's balanced questions -> {split: [Example]}; test is testdev, where it is there. gold: the answer."""
     splits = {}
-    for split, name in (("train", "train"), ("validation", "val"), ("test", "testdev")):
-        path = folder / f"{name}_balanced_questions.json"
-        if split == "test" and not path.exists():
-            continue
+    for split, path in split_files(folder, "{}_balanced_questions.json", "train", "val", "testdev"):
         splits[split] = []
         for key, row in read_json(path).items():
             check_entry(path, f"question {key}", row, dict(question=TEXT, imageId=ID, answer=TEXT))
@@ -555,20 +560,14 @@ def read_captions(task, folder, scheme):
 def read_snlive(task, folder, scheme):
     """SNLI-VE, a JSON object a line -> {split: [Example]}, without the rows on whose label the annotators disagree ("-")."""
     splits = {}
-    for split, name in (("train", "train"), ("validation", "dev"), ("test", "test")):
-        path = folder / f"snli_ve_{name}.jsonl"
-        if split == "test" and not path.exists():
-            continue
+    for split, path in split_files(folder, "snli_ve_{}.jsonl", "train", "dev", "test"):
         if not path.exists():
             raise UserError(f"{path}: no such file, expected the {split} split of {task.name}")
         splits[split] = []
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number}: not JSON: {error}") from None
+            row = parse_json(line, f"{path}: line {number}")
             names = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")  # the last is what the official generator writes
             image = next((name for name in names if type(row) is dict and name in row), names[0])
             check_entry(path, f"line {number}", row, {"gold_label": TEXT, "sentence2": TEXT, image: ID})
@@ -734,7 +733,7 @@ IMAGE_TASKS = {task.name: task for task in (  # vqa:, gqa:, caption: are VL-T5's
     ImageTask("snlive", "SNLI-VE", ("snli_ve_train.jsonl",), "snlive hypothesis:", read_snlive, ("accuracy",), score_exact, 8, 1,
               "SNLI-VE.jsonl", words("entailment", "neutral", "contradiction")),
 )}
-VL = ["vqa", "gqa", "caption"]  # trained together in the paper
+VL = ["vqa", "gqa", "caption"]  # trained together [R]
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -749,14 +748,20 @@ def write_whole(path, content):
     os.replace(aside, path)
 
 
+def parse_json(content, place):
+    """JSON -> value. Raises UserError; `place` is the file, or a line of it."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON: {error}") from None
+
+
 def read_json(path, *parts):
     """JSON file -> dict. Raises UserError where it is missing, no JSON object, or one of its named parts is no object."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
     for name, part in (("the file", found), *((name, isinstance(found, dict) and found.get(name)) for name in parts)):
         if not isinstance(part, dict):
             raise UserError(f"{path}: {name} holds {str(part)[:40]}, expected a JSON object")
@@ -832,10 +837,17 @@ def check(path, announced, size):
         return f"found {path.stat().st_size} bytes, expected {size}"
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", announced):
         return None                                               # a server that announces no hash
+    found = digest(path, content)
+    return None if found == announced else f"found hash {found}, expected {announced}"
+
+
+def digest(path, content=None):
+    """A file's hash as hexadecimal digits: sha256, or what a hash object comes to that is fed with it."""
+    content = content or hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             content.update(block)
-    return None if content.hexdigest() == announced else f"found hash {content.hexdigest()}, expected {announced}"
+    return content.hexdigest()
 
 
 def unpack(archive, folder):
@@ -909,6 +921,20 @@ def main():
     for example in splits["train"][:5]:
         image = f"[{'/'.join(example.image)}] " if example.image else ""
         print(f"\n{image}{example.source}\n  -> {example.target}")
+
+
+def catch_signals():
+    """-> a list that SIGINT and SIGTERM go to, for a loop to look at; the second one stops at once."""
+    stop = []
+
+    def on_signal(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return stop
 
 
 def leave(message, code):

@@ -62,7 +62,7 @@ class HyperPELTConfig:
     adapter_scale: float = 0.1      # lambda of eq. (6) at the start [C: steadier than 1, X: MAM; see README]; trained [R]
     position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
     visual_width: int = 0           # V; 0: no image side. 2048: the last map of CLIP's ResNet-101 [R, X: VL-Adapter]
-    visual_norm: bool = True        # layer norm, without weights, on V: encoders' features differ in scale a hundredfold [C]
+    visual_norm: bool = True        # layer norm, without weights, on V, whose scale is the encoder's (one had 38) [C]
     vision: str = "both"            # a key of VISION; of a method without prefixes (adapters) an image gets none either [C]
 
 
@@ -114,7 +114,7 @@ class HyperEmbedding(nn.Module):
         return self.visual_projector(z, self.layer, self.block, layer_ids, block_ids)
 
 
-# -------------------------------------------------------------------------------- ---------- hypernetworks: eq. (2), (4)
+# ------------------------------------------------------------------------------------------ hypernetworks: eq. (2), (4)
 
 class PrefixHypernetwork(nn.Module):
     """h_P: hyper-embeddings -> keys and values for every attention; one linear map each, shared by all sites."""
@@ -328,9 +328,9 @@ def main():
     parser.add_argument("--tasks", type=int, default=8, help="number of tasks (default: 8, the paper's)")
     parser.add_argument("--visual-width", type=int, default=0, help="width of the images' features, 2048 for CLIP's ResNet-101 (default: no images)")
     args = parser.parse_args()
-    if args.tasks < 1 or args.visual_width < 0:
-        raise UserError(f"--tasks: found {args.tasks}, expected at least 1" if args.tasks < 1 else
-                        f"--visual-width: found {args.visual_width}, expected at least 0")
+    for option, value, least in (("--tasks", args.tasks, 1), ("--visual-width", args.visual_width, 0)):
+        if value < least:
+            raise UserError(f"{option}: found {value}, expected at least {least}")
     folder = Path(args.model)
     t5_config = T5Config.from_file(folder / "config.json") if folder.is_dir() else T5Config.from_name(args.model)
     with torch.device("meta"):                                              # shapes without numbers

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
 from functools import lru_cache
@@ -58,7 +57,7 @@ def number(kind, low, high=10**9):
 
 
 OPTIONS = [  # name, type or choices, default, help
-    ("task", str, "rte", f"task, several with commas between, glue for the paper's eight, or vl for its three with images: {', '.join([*data.TASKS, *data.IMAGE_TASKS])}"),
+    ("task", str, "rte", f"task, several with commas between, glue for the paper's eight, or vl for vqa, gqa and caption [R]: {', '.join([*data.TASKS, *data.IMAGE_TASKS])}"),
     ("model", str, "t5-base", "folder of a T5 checkpoint, or a public name, which is downloaded"),
     ("data-dir", str, "glue", "folder with RTE/train.tsv or glue/RTE/train.tsv"),
     ("features", str, "", "folder with the images' features as clip_features.py writes them: train2014.npy, train2014.json, ... (default: none)"),
@@ -160,7 +159,7 @@ def load_images(settings, splits, rows):
         kinds[name] = f"{list(array.shape[1:])} of {meta.get('kind')}, weights {meta.get('weights')}, {meta.get('preprocessing')}"
         if kinds[name] != kinds[wanted[0]]:
             raise UserError(f"{path}: found features {kinds[name]}; expected {kinds[wanted[0]]}, as in {wanted[0]}.npy")
-        if settings.vision != "tokens" and array.shape[1] != settings.prefix_length:     # section 4: position by position
+        if settings.vision != "tokens" and array.shape[1] != settings.prefix_length:     # eq. (7): position by position [R]
             raise UserError(f"{path}: found {array.shape[1]} grid cells for each image, expected {settings.prefix_length}, one for each of --prefix-length positions")
     for task, by_split in splits.items():
         for split, examples in by_split.items():
@@ -224,8 +223,9 @@ def answer(model, tokenizer, task, rows, stop):
     device = next(model.parameters()).device
     # An answer that has not ended one token after the longest label word is none of them: longer ones are not asked for.
     words = list(task.labels.values()) or [data.stsb_target(i / 5) for i in range(26)]
-    free = task.name in data.IMAGE_TASKS and not task.labels                 # answers in the task's own words
-    longest = task.max_answer if free else max(len(tokenizer.encode(word)) for word in words)
+    longest, beams = max(len(tokenizer.encode(word)) for word in words), 1
+    if task.name in data.IMAGE_TASKS and not task.labels:                    # answers in free words
+        longest, beams = task.max_answer, task.beams
     order, texts = np.argsort([len(row.source) for row in rows], kind="stable"), [""] * len(rows)
     with torch.no_grad():
         sites = model.generate_sites(task.name)
@@ -235,7 +235,7 @@ def answer(model, tokenizer, task, rows, stop):
             chosen = order[start:start + EVAL_BATCH]
             ids, features = torch.from_numpy(data.pad([rows[i].source for i in chosen], 0)).to(device), gather_images([rows[i] for i in chosen])
             injected = model.inject(sites, None if features is None else features.to(device))
-            outputs = model.t5.generate(ids, max_new_tokens=longest, num_beams=task.beams if free else 1, **injected)
+            outputs = model.t5.generate(ids, max_new_tokens=longest, num_beams=beams, **injected)
             for i, output in zip(chosen, outputs):
                 texts[i] = tokenizer.decode(output.tolist())
     return texts
@@ -431,13 +431,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
 
 def main():
     settings = parse_settings()
-    out, stop = Path(settings.out), []                                       # stop: the signals received so far
-
-    def on_signal(number, frame):
-        if stop:                                                             # asked twice: at once
-            raise KeyboardInterrupt
-        stop.append(number)
-
+    out = Path(settings.out)
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_pretrained(settings.model)
@@ -468,8 +462,7 @@ def main():
     if settings.predict:
         load_best(out / "best.safetensors", model)
         return predict(model, tokenizer, tasks, splits, rows, settings)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    stop = data.catch_signals()
     if not settings.eval_only:
         train(model, tokenizer, tasks, splits, rows, settings, stop)
     best_step = load_best(out / "best.safetensors", model)

@@ -98,7 +98,7 @@ def images(args):
     models = {name: HyperPELT(T5.from_pretrained(args.model), ["vqa"], HyperPELTConfig(visual_width=width, vision=name), torch.bfloat16).train()
               for name in names[1:]}
     models["task side only"], times = models["both"], {name: [] for name in names}
-    for round in range(args.rounds + 1):                         # the first round warms up
+    for _ in range(args.rounds + 1):                         # the first round warms up
         for ids, labels, features in batches:
             for name in names:
                 start = time.perf_counter()

@@ -48,11 +48,12 @@ def main():
     embedding, mix, head = nn.EmbeddingBag(len(words), 128), nn.Linear(128, 128), nn.Linear(128, len(answers))
     parameters = [p for module in (model, embedding, mix, head) for p in module.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    steps = args.epochs * (len(ids) // 64)
+    per_epoch = len(ids) // 64
+    steps = args.epochs * per_epoch
     for step in range(steps):
-        if step % (len(ids) // 64) == 0:
+        if step % per_epoch == 0:
             order, right, seen = rng.permutation(len(ids)), 0, 0
-        chosen = order[step % (len(ids) // 64) * 64:][:64]
+        chosen = order[step % per_epoch * 64:][:64]
         questions = [(row, *asked[ids[i]][k]) for row, i in enumerate(chosen) for k in rng.permutation(len(asked[ids[i]]))[:8]]
         image = mix(model(pixels[chosen]).last_hidden_state[:, 1:].mean(1))                        # [B, 128]
         bags = torch.tensor([w for _, bag, _ in questions for w in bag]), torch.tensor(np.cumsum([0] + [len(q[1]) for q in questions[:-1]]))
@@ -63,8 +64,8 @@ def main():
         F.cross_entropy(logits, target).backward()
         optimiser.step()
         right, seen = right + int((logits.argmax(-1) == target).sum()), seen + len(target)
-        if (step + 1) % (len(ids) // 64) == 0:
-            print(f"epoch {(step + 1) // (len(ids) // 64)}: {right / seen:.3f} of the training questions right", flush=True)
+        if (step + 1) % per_epoch == 0:
+            print(f"epoch {(step + 1) // per_epoch}: {right / seen:.3f} of the training questions right", flush=True)
     model.save_pretrained(args.out, safe_serialization=True)
 
 
