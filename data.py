@@ -100,6 +100,15 @@ class Example:
         return " ".join(self.parts)
 
 
+def source_parts(task, texts):
+    """The texts of a task's fields -> the pieces of the source text: of training's rows, and of what a user asks."""
+    texts = [text.strip() for text in texts]
+    if isinstance(task, ImageTask):
+        return [task.prompt, *texts]
+    parts = [part for name, text in zip(task.fields, texts) for part in (f"{name}:", text)]
+    return [f"{task.name} {parts[0]}", *parts[1:]]
+
+
 def stsb_target(score):
     """A score from 0 to 5 -> one of T5's 26 strings in steps of 0.2: 3.667 -> "3.6"."""
     return f"{round(score * 5) / 5:.1f}"
@@ -144,9 +153,7 @@ def read_examples(task, path, labelled=True):
     index = names.index("index") if header and "index" in names else None
     examples = []
     for count, (number, cells) in enumerate(rows):
-        parts = [part for name, i in zip(task.fields, where) for part in (f"{name}:", cells[i].strip())]
-        parts[0] = f"{task.name} {parts[0]}"
-        gold, target = None, ""
+        parts, gold, target = source_parts(task, [cells[i] for i in where[:len(task.fields)]]), None, ""
         if labelled:
             gold = cells[where[-1]].strip()
             if task.labels and gold not in task.labels:
@@ -170,11 +177,11 @@ def parse_number(text):
 
 
 def find_folder(task, data_dir):
-    """-> the folder of a task's files below data_dir; for an image task also data_dir itself. Raises UserError."""
+    """-> the folder of a task's files below data_dir; for an image task also data_dir itself, or its vqa/ .... Raises UserError."""
     if isinstance(task, ImageTask):
         folders = [Path(data_dir) / task.folder, Path(data_dir) / "vl" / task.folder]
         folders = [folder for folder in folders if folder.is_dir()]
-        folders += [Path(data_dir) for name in task.first if (Path(data_dir) / name).exists()]
+        folders += [place for place in (Path(data_dir), Path(data_dir) / task.name) for name in task.first if (place / name).exists()]
         if not folders:
             raise UserError(f"{Path(data_dir) / task.folder}: no such folder (nor {Path('vl') / task.folder} below {data_dir}, nor"
                             f" {' or '.join(task.first)} in it); expected the official files of {task.name}")
@@ -366,6 +373,19 @@ def score(task, texts, examples):
     return {metric: globals()[metric](parse_answers(task, texts), gold) for metric in task.metrics}
 
 
+def majority(task, training, examples):
+    """What the most frequent training answer would score if it were the only one -> {metric: value}."""
+    constant = Counter(e.target for e in training).most_common(1)[0][0]
+    return score(task, [constant] * len(examples), examples)
+
+
+def rightness(task, text, example):
+    """How right one answer is, 0 to 1; None where answers are not right or wrong: scores and captions."""
+    if isinstance(task, ImageTask):
+        return task.score(task, [text], [example]).get("accuracy")
+    return float(text.strip() == example.target) if task.labels else None
+
+
 def write_submission(path, task, texts, examples):
     """A GLUE submission file: index <tab> prediction, labels as the files write them -> number of answers that were no label.
 
@@ -394,6 +414,7 @@ class ImageTask:
     beams: int         # of the search for it [X: VL-T5, VL-Adapter]
     results: str       # name of the file of predictions
     labels: dict = field(default_factory=dict)  # label in the file -> label word
+    fields: tuple = ("question",)               # what stands in the source text after the prompt
 
 
 ID, TEXT, LIST = (int, str), (str,), (list,)
@@ -491,7 +512,7 @@ def read_questions(task, folder, subset, labelled=True):
             target = max(targets, key=lambda pair: pair[1])[0] if targets else ""
             gold = dict(answers=given, kind=answers[key]["answer_type"])
         image = (image_set, str(question["image_id"]))
-        examples.append(Example([task.prompt, question["question"].strip()], target, gold, key, image, targets))
+        examples.append(Example(source_parts(task, [question["question"]]), target, gold, key, image, targets))
     return examples
 
 
@@ -524,7 +545,7 @@ def read_gqa(task, folder, scheme):
         splits[split] = []
         for key, row in read_json(path).items():
             check_entry(path, f"question {key}", row, dict(question=TEXT, imageId=ID, answer=TEXT))
-            parts = [task.prompt, row["question"].strip()]
+            parts = source_parts(task, [row["question"]])
             splits[split].append(Example(parts, row["answer"].strip(), row["answer"], key, ("gqa", str(row["imageId"]))))
     return splits
 
@@ -553,7 +574,7 @@ def read_captions(task, folder, scheme):
         if not texts:
             raise UserError(f"{path}: image {key}: found no captions, expected at least one")
         targets = tuple((text, 1.0) for text in texts)
-        splits.setdefault(split, []).append(Example([task.prompt], texts[0], texts, key, (image_set, key), targets))
+        splits.setdefault(split, []).append(Example(source_parts(task, []), texts[0], texts, key, (image_set, key), targets))
     return splits
 
 
@@ -575,7 +596,7 @@ def read_snlive(task, folder, scheme):
             if gold != "-" and gold not in task.labels:
                 raise UserError(f"{path}: line {number}: found label {gold!r}, expected one of {', '.join(task.labels)}")
             if gold != "-":
-                splits[split].append(Example([task.prompt, row["sentence2"].strip()], task.labels[gold], gold,
+                splits[split].append(Example(source_parts(task, [row["sentence2"]]), task.labels[gold], gold,
                                              str(row.get("pairID", number)), ("flickr30k", str(row[image]).removesuffix(".jpg"))))
     return splits
 
@@ -729,9 +750,9 @@ IMAGE_TASKS = {task.name: task for task in (  # vqa:, gqa:, caption: are VL-T5's
     ImageTask("okvqa", "OKVQA", ("OpenEnded_mscoco_train2014_questions.json",), "okvqa:", read_vqa, ("accuracy",), score_vqa,
               10, 1, "OKVQA.json"),
     ImageTask("caption", "COCO", ("captions_train2014.json", "dataset_coco.json"), "caption:", read_captions, ("cider",), score_captions,
-              40, 5, "COCO.json"),
+              40, 5, "COCO.json", fields=()),
     ImageTask("snlive", "SNLI-VE", ("snli_ve_train.jsonl",), "snlive hypothesis:", read_snlive, ("accuracy",), score_exact, 8, 1,
-              "SNLI-VE.jsonl", words("entailment", "neutral", "contradiction")),
+              "SNLI-VE.jsonl", words("entailment", "neutral", "contradiction"), ("hypothesis",)),
 )}
 VL = ["vqa", "gqa", "caption"]  # trained together [R]
 

@@ -1,5 +1,7 @@
 """Train, evaluate and use a HyperPELT.
 
+    python train.py                                                                         # the bundled small T5 on bundled rows of RTE
+    python train.py --ask "A man is eating." "A man eats."                                  # what that run answers
     python train.py --task rte --model google/flan-t5-small --data-dir glue --download      # train, then evaluate
     python train.py --out runs/rte-hyperpelt --resume                                       # go on after an interruption
     python train.py --out runs/rte-hyperpelt --eval-only                                    # evaluate the best checkpoint
@@ -8,20 +10,25 @@
 
 A run's folder (--out) holds config.json (all settings), log.jsonl (a row for every few steps and every evaluation),
 metrics.json (the result), last.safetensors (what is trained, optimiser, generators, step: a run resumes from it exactly)
-and best.safetensors (what is trained, nothing else). The order of the code: settings, data, evaluation, checkpoints, loop.
+and best.safetensors (what is trained, nothing else). The order of the code: settings, data, evaluation, checkpoints, loop, what
+is shown. With neither --model nor --data-dir a run uses the folder sample/ beside this file.
 """
 import argparse
 import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import sys
+import textwrap
 import time
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
@@ -37,6 +44,8 @@ try:
 except ImportError:
     resource = None
 
+SAMPLE = Path(__file__).resolve().parent / "sample"   # a small T5 and small data sets: what runs without a download
+SAMPLE_DEFAULTS = dict(split="official", epochs=3.0)   # of options, in their own types, where the data are the sample's
 SIZES = HyperPELTConfig()
 GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
 MAX_TARGET_LENGTH = 128    # [X: HyperFormer]
@@ -58,9 +67,9 @@ def number(kind, low, high=10**9):
 
 OPTIONS = [  # name, type or choices, default, help
     ("task", str, "rte", f"task, several with commas between, glue for the paper's eight, or vl for vqa, gqa and caption [R]: {', '.join([*data.TASKS, *data.IMAGE_TASKS])}"),
-    ("model", str, "t5-base", "folder of a T5 checkpoint, or a public name, which is downloaded"),
-    ("data-dir", str, "glue", "folder with RTE/train.tsv or glue/RTE/train.tsv"),
-    ("features", str, "", "folder with the images' features as clip_features.py writes them: train2014.npy, train2014.json, ... (default: none)"),
+    ("model", str, "", "folder of a T5 checkpoint, or a public name, which is downloaded (default: the bundled sample/mini-t5)"),
+    ("data-dir", str, "", "folder with RTE/train.tsv or glue/RTE/train.tsv (default: the bundled sample; with --model or --download: glue)"),
+    ("features", str, "", "folder with the images' features as clip_features.py writes them: train2014.npy, train2014.json, ... (default: none; the sample has its own)"),
     ("vision", [*VISION, "shuffled"], "both", "what an image gives: visual prefix and adapter, one of them, or tokens before the text; shuffled: both, of another image"),
     ("method", list(METHODS), "hyperpelt", "hyperprefix: no adapters; hyperadapter: no prefixes; norms: neither; full: fine-tune all"),
     ("out", str, "", "folder of the run (default: runs/TASK-METHOD)"),
@@ -82,33 +91,44 @@ OPTIONS = [  # name, type or choices, default, help
     ("precision", ["auto", "fp32", "bf16"], "auto", "bf16: frozen weights and activations in bfloat16; auto: where the machine is fast at it"),
     ("eval-every", number(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
 ]
-FLAGS = [("download", "fetch the official data files if they are not there"), ("resume", "go on with the run in --out"),
-         ("eval-only", "evaluate best.safetensors of the run in --out")]
-FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict")  # may differ from the saved run's settings:
-# the contents of backbone and data are compared instead
+FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict", "ask")  # may differ from the saved run's
+# settings: the contents of backbone and data are compared instead
 
 
 def parse_settings():
     """Command line -> settings (Namespace). For a run that exists they are the saved ones; another value is refused."""
     parser = data.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    defaults = {name.replace("-", "_"): default for name, _, default, _ in OPTIONS}
     for name, kind, default, text in OPTIONS:
         kind = dict(choices=kind) if isinstance(kind, list) else dict(type=kind, metavar=name.upper())
-        parser.add_argument(f"--{name}", **kind, help=text if "default:" in text else f"{text} (default: {default})")
-    for name, text in FLAGS:
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+        here = f"; on the sample {SAMPLE_DEFAULTS[name.replace('-', '_')]}" if name.replace("-", "_") in SAMPLE_DEFAULTS else ""
+        parser.add_argument(f"--{name}", **kind, help=text if "default:" in text else f"{text} (default: {default}{here})")
     parser.add_argument("--image-tokens", dest="vision", action="store_const", const="tokens", help="short for --vision tokens")
-    parser.add_argument("--predict", metavar="SPLIT", choices=["validation", "test", "submission"],
-                        help="write the answers of best.safetensors on a split as a GLUE submission file")
+    parser.add_argument("--download", action="store_true", help="fetch the official data files if they are not there")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    group.add_argument("--eval-only", action="store_true", help="evaluate best.safetensors of the run in --out")
+    group.add_argument("--predict", metavar="SPLIT", choices=["validation", "test", "submission"],
+                       help="write the answers of best.safetensors on a split as a GLUE submission file")
+    group.add_argument("--ask", metavar="TEXT", nargs="+", help="answer by the run in --out: the texts of a task, of an image task then an image's id "
+                       "(17, or val2014:17); the first task of the run that fits, or the one whose name stands before them")
     given = vars(parser.parse_args())
     if given.get("precision", "auto") == "auto":
         given.pop("precision", None)                                         # nothing that could differ from a saved run
-    settings = {**{name.replace("-", "_"): default for name, _, default, _ in OPTIONS},
-                **dict(download=False, resume=False, eval_only=False, predict=""), **given}
+    settings = {**defaults, **dict(download=False, resume=False, eval_only=False, predict="", ask=[]), **given}
+    if not settings["data_dir"] and (settings["model"] or settings["download"]):
+        settings["data_dir"] = "glue"
+    elif not settings["data_dir"] or Path(settings["data_dir"]).resolve() == SAMPLE:
+        settings = {**settings, **SAMPLE_DEFAULTS, **given, "data_dir": ""}        # "": the bundled sample, wherever it lies
     out = Path(settings["out"] or f"runs/{settings['task'].replace(',', '-')}-{settings['method']}")
-    if settings["resume"] or settings["eval_only"] or settings["predict"]:
+    settings["old"] = bool(settings["resume"] or settings["eval_only"] or settings["predict"] or settings["ask"])
+    if settings["old"]:
+        if not (out / "config.json").exists():
+            command = ["python", "train.py", *(word for name in ("task", "method", "out") if name in given for word in (f"--{name}", given[name]))]
+            raise UserError(f"{out}/config.json: no such file, expected a run; this trains one: {shlex.join(command)}")
         saved = data.read_json(out / "config.json", "settings")["settings"]
-        for name in (name for name in settings if name not in FREE and type(saved.get(name)) is not type(settings[name])):
-            raise UserError(f"{out}/config.json: settings: {name}: found {saved.get(name)!r}, expected {type(settings[name]).__name__}")
+        for name in (name for name in defaults if name not in FREE and type(saved.get(name)) is not type(defaults[name])):
+            raise UserError(f"{out}/config.json: settings: {name}: found {saved.get(name)!r}, expected {type(defaults[name]).__name__}")
         differences = [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in given.items() if k not in FREE and saved.get(k) != v]
         if differences:
             raise UserError(f"{out}/config.json: the run has other settings: {'; '.join(differences)}")
@@ -119,58 +139,82 @@ def parse_settings():
     if settings["precision"] == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
         settings["precision"] = "bf16" if fast else "fp32"
+    settings.update(record={name: settings[name] for name in defaults}, bundled=not settings["model"], sample=not settings["data_dir"])
+    if settings["sample"] and settings["download"]:
+        raise UserError(f"{SAMPLE}: nothing is downloaded into the bundled sample; choose another --data-dir")
+    if settings["bundled"]:
+        settings["model"] = str(SAMPLE / "mini-t5")
+        if not Path(settings["model"]).is_dir():
+            raise UserError(f"{settings['model']}: no such folder, expected the bundled T5; bring it back, or choose --model and --data-dir")
+    if settings["sample"]:
+        settings.update(data_dir=str(SAMPLE), features=settings["features"] or str(SAMPLE / "vqa" / "features"))
     return argparse.Namespace(**settings)
 
 
 # ------------------------------------------------------------------------------------------------------------ data
 
-def load_tasks(settings, tokenizer):
-    """-> {task name: Task or ImageTask}, {name: {split: [Example]}}, {name: {split: [Row]}}; ids are made once."""
+def find_tasks(settings):
+    """-> {name: Task or ImageTask}"""
     names = {"glue": data.GLUE, "vl": data.VL}.get(settings.task) or settings.task.split(",")
-    tasks = {name: data.find_task(name) for name in names}
+    return {name: data.find_task(name) for name in names}
+
+
+def load_data(settings, tasks, tokenizer):
+    """-> {task name: {split: [Example]}}, {task name: {split: [Row]}}; ids are made once."""
     splits, rows = {}, {}
     for name, task in tasks.items():
         if settings.download:
             data.download_task(task, settings.data_dir)
         splits[name] = data.make_splits(task, settings.data_dir, settings.split)
         rows[name] = {split: encode(examples, tokenizer, settings) for split, examples in splits[name].items()}
-    return tasks, splits, rows
+    return splits, rows
 
 
 def encode(examples, tokenizer, settings):
     return data.encode_examples(examples, tokenizer.encode, settings.max_source_length, MAX_TARGET_LENGTH)
 
 
-def load_images(settings, splits, rows):
-    """Give every row of an image task its place in the feature files -> width V of the features (0: no image task), fingerprint.
+def image_sets(splits):
+    """-> {image set: number of examples about its images}"""
+    return dict(sorted(Counter(e.image[0] for by_split in splits.values() for examples in by_split.values() for e in examples if e.image).items()))
 
-    Raises UserError for a missing or damaged file, features of unlike models, a grid that does not fit, a question without features.
+
+def open_features(settings, wanted):
+    """Names of image sets -> {name: (features [images, N, V], {id: row}, about)}, width V (0: nothing is wanted), fingerprint.
+
+    Raises UserError for a missing or damaged file, features of unlike models, a grid that does not fit.
     """
-    wanted = sorted({example.image[0] for by_split in splits.values() for examples in by_split.values() for example in examples if example.image})
     if not wanted:
-        return 0, {}
+        return {}, 0, {}
     if not settings.features:
         raise UserError(f"--features: found nothing, expected the folder with {', '.join(f'{name}.npy' for name in wanted)}; clip_features.py makes them")
-    found = {name: load_features(Path(settings.features) / f"{name}.npy") for name in wanted}
-    arrays, ids, kinds = {}, {}, {}
-    for name, (array, places, meta) in found.items():
+    found, kinds = {name: load_features(Path(settings.features) / f"{name}.npy") for name in wanted}, {}
+    for name, (array, _, meta) in found.items():
         path = Path(settings.features) / f"{name}.npy"
-        arrays[name], ids[name] = array, places
         kinds[name] = f"{list(array.shape[1:])} of {meta.get('kind')}, weights {meta.get('weights')}, {meta.get('preprocessing')}"
         if kinds[name] != kinds[wanted[0]]:
             raise UserError(f"{path}: found features {kinds[name]}; expected {kinds[wanted[0]]}, as in {wanted[0]}.npy")
         if settings.vision != "tokens" and array.shape[1] != settings.prefix_length:     # eq. (7): position by position [R]
             raise UserError(f"{path}: found {array.shape[1]} grid cells for each image, expected {settings.prefix_length}, one for each of --prefix-length positions")
+    mark = hashlib.sha256("".join(str(meta.get("sha256")) for _, _, meta in found.values()).encode()).hexdigest()[:16]
+    return found, array.shape[2], {"features": mark}
+
+
+def load_images(settings, splits, rows):
+    """Give every row of an image task its place in the feature files -> their width and fingerprint, as open_features does.
+    Raises UserError, also for a question without features."""
+    found, width, mark = open_features(settings, list(image_sets(splits)))
+    ids = {name: places for name, (_, places, _) in found.items()}
     for task, by_split in splits.items():
         for split, examples in by_split.items():
             if examples and examples[0].image:
                 order = data.join_features(examples, ids, f"{task} {split}", settings.features)
-                places = [(arrays[example.image[0]], int(row)) for example, row in zip(examples, order)]
+                places = [(found[example.image[0]][0], int(row)) for example, row in zip(examples, order)]
                 if settings.vision == "shuffled":                            # answers from the question alone: what a prior can do
                     places = [places[i] for i in np.random.default_rng([settings.seed, len(places)]).permutation(len(places))]
                 for row, place in zip(rows[task][split], places):
                     row.image = place
-    return arrays[wanted[0]].shape[2], {"features": hashlib.sha256("".join(str(found[name][2].get("sha256")) for name in wanted).encode()).hexdigest()[:16]}
+    return width, mark
 
 
 def gather_images(rows):
@@ -241,16 +285,27 @@ def answer(model, tokenizer, task, rows, stop):
     return texts
 
 
-def evaluate(model, tokenizer, tasks, splits, rows, names, stop):
-    """-> {task: {split: {metric: value}}} on the named splits, or None when the user stops it."""
-    result = {}
-    for task in tasks.values():
-        for split in (name for name in splits[task.name] if name in names):
-            texts = answer(model, tokenizer, task, rows[task.name][split], stop)
-            if texts is None:
-                return None
-            result.setdefault(task.name, {})[split] = data.score(task, texts, splits[task.name][split])
-    return result
+def answer_all(model, tokenizer, tasks, rows, names, stop, known):
+    """-> {task: {split: texts}} on the named splits, or None when the user stops it; `known` is what is there already."""
+    answers = {}
+    for name, split in ((name, split) for name in tasks for split in rows[name] if split in names):
+        texts = known.get(name, {}).get(split) or answer(model, tokenizer, tasks[name], rows[name][split], stop)
+        if texts is None:
+            return None
+        answers.setdefault(name, {})[split] = texts
+    return answers
+
+
+def score_all(tasks, splits, answers):
+    """-> {task: {split: {metric: value}}}"""
+    return {name: {split: data.score(tasks[name], texts, splits[name][split]) for split, texts in by_split.items()} for name, by_split in answers.items()}
+
+
+@torch.no_grad()
+def count_right(logits, labels):
+    """Logits [B, T, V], labels [B, T] -> rows whose every token of the answer is the likeliest: a tensor, so that a GPU is not waited for."""
+    told = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]        # [B, T]
+    return ((told == logits.amax(2)) | (labels < 0)).all(1).sum()            # on a CPU argmax takes ten times as long; ties are right
 
 
 def show(result):
@@ -313,7 +368,7 @@ def save_last(path, model, optimiser, progress):
 def load_last(path, model, optimiser):
     """-> progress, as it was saved; everything else goes back to where it was."""
     tensors = training_state(model, optimiser)
-    found, progress = load_tensors(path, tensors, dict(step=int, evaluated=int, best_step=int, best=float))
+    found, progress = load_tensors(path, tensors, dict(step=int, evaluated=int, best_step=int, best=float, right=int, seen=int))
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
     try:
@@ -366,13 +421,15 @@ def peak_memory_mb():
 
 
 def train(model, tokenizer, tasks, splits, rows, settings, stop):
-    """The loop: evaluate and save when it is time, stop when asked, else one step."""
+    """The loop: evaluate and save when it is time, stop when asked, else one step -> the answers of the best evaluation, as
+    answer_all gives them; none where it was before a --resume."""
     out = Path(settings.out)
     steps, batch = make_batches(rows, settings)
     eval_every = settings.eval_every or max(1, round(steps / settings.epochs) if not settings.steps else steps // 8)
     parameters, device = list(model.trained().values()), next(model.parameters()).device
     optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
-    progress = dict(step=0, evaluated=0, best_step=0, best=-2.0)             # metrics are at least -1
+    # Metrics are at least -1. Of the `seen` training rows since the last row of the log `right` were answered right.
+    progress, best_answers = dict(step=0, evaluated=0, best_step=0, best=-2.0, right=0, seen=0), {}
     log_path = out / "log.jsonl"
     if settings.resume:
         progress = load_last(out / "last.safetensors", model, optimiser)
@@ -382,22 +439,25 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
         save_last(out / "last.safetensors", model, optimiser, progress)      # from here on there is something to resume
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
     log = open(log_path, "a", buffering=1)
-    examples, since = 0, time.perf_counter()
+    examples, since, right = 0, time.perf_counter(), torch.tensor(progress["right"], device=device)
     while True:
         step = progress["step"]
         if step > progress["evaluated"] and (step % eval_every == 0 or step == steps):
-            result = evaluate(model, tokenizer, tasks, splits, rows, ["validation"], stop)
-            if result is not None:
+            answers = answer_all(model, tokenizer, tasks, rows, ["validation"], stop, {})
+            if answers is not None:
+                result = score_all(tasks, splits, answers)
                 mean = float(np.mean([np.mean([by_split["validation"][metric] for metric in tasks[name].metrics]) for name, by_split in result.items()]))
                 if mean > progress["best"]:
                     progress.update(best=mean, best_step=step)
+                    best_answers = answers
                     save_tensors(out / "best.safetensors", model.trained(), dict(step=step))
-                progress["evaluated"] = step
+                progress.update(evaluated=step, right=int(right))
                 log.write(json.dumps(dict(step=step, validation=result, mean=mean)) + "\n")
                 tqdm.write(f"step {step} of {steps}   {show(result)}")
                 save_last(out / "last.safetensors", model, optimiser, progress)
             examples, since = 0, time.perf_counter()
         if stop:
+            progress["right"] = int(right)
             save_last(out / "last.safetensors", model, optimiser, progress)
             bar.close()
             data.leave(f"stopped at step {step}; go on with: python train.py --out {out} --resume", 128 + stop[0])
@@ -408,7 +468,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
             group["lr"] = learning_rate(step, steps, settings)
         name, *tensors = batch(step)
         input_ids, labels, features = (None if tensor is None else tensor.to(device) for tensor in tensors)
-        _, loss = model(input_ids, input_ids != 0, labels, name, settings.label_smoothing, features)
+        logits, loss = model(input_ids, input_ids != 0, labels, name, settings.label_smoothing, features)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         if not torch.isfinite(norm):
@@ -416,61 +476,78 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
                             f"the last good checkpoint stays in {out}; start again in another --out with a lower --lr or a longer warm-up")
         optimiser.step()
         optimiser.zero_grad()
+        right += count_right(logits, labels)
         progress["step"] += 1
+        progress["seen"] += len(input_ids)
         bar.update()
         examples += len(input_ids)
         if progress["step"] % LOG_EVERY == 0:
             rate = examples / (time.perf_counter() - since)
-            row = dict(step=progress["step"], task=name, loss=round(loss.item(), 5), lr=optimiser.param_groups[0]["lr"],
-                       examples_per_s=round(rate, 1), peak_memory_mb=peak_memory_mb())
+            row = dict(step=progress["step"], task=name, loss=round(loss.item(), 5), accuracy=round(int(right) / progress["seen"], 5),
+                       lr=optimiser.param_groups[0]["lr"], examples_per_s=round(rate, 1), peak_memory_mb=peak_memory_mb())
             log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:.0f} examples/s, {row['peak_memory_mb']} MB, best {max(progress['best'], 0):.3f}")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}, {rate:.0f} examples/s, {row['peak_memory_mb']} MB, "
+                                f"best {max(progress['best'], 0):.3f}")
             examples, since = 0, time.perf_counter()
+            right.zero_()
+            progress["seen"] = 0
     bar.close()
+    return best_answers
 
 
 def main():
+    started = time.perf_counter()
     settings = parse_settings()
     out = Path(settings.out)
+    saved = data.read_json(out / "config.json", "fingerprints", *["image_sets"] * bool(settings.ask)) if settings.old else {}
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer.from_pretrained(settings.model)
-    tasks, splits, rows = load_tasks(settings, tokenizer)
+    tokenizer, tasks = Tokenizer.from_pretrained(settings.model), find_tasks(settings)
+    splits, rows = ({}, {}) if settings.ask else load_data(settings, tasks, tokenizer)
     t5 = T5.from_pretrained(settings.model)
     if tokenizer.first_sentinel >= t5.config.vocab_size:
         raise UserError(f"{settings.model}: spiece.model and sentinels give {tokenizer.first_sentinel + 1} ids, config.json says vocab_size {t5.config.vocab_size}")
-    width, feature_mark = load_images(settings, splits, rows)
+    if settings.ask:
+        images, width, feature_mark = open_features(settings, list(saved["image_sets"]))
+    else:
+        width, feature_mark = load_images(settings, splits, rows)
     marks = {**fingerprint(t5, rows), **feature_mark, "device": device.type}
     sizes = {f.name: getattr(settings, f.name) for f in dataclasses.fields(HyperPELTConfig) if hasattr(settings, f.name)}
     sizes.update(visual_width=width, vision="both" if settings.vision == "shuffled" else settings.vision)
     model = HyperPELT(t5, list(tasks), HyperPELTConfig(**sizes), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     model.to(device)
     count = sum(parameter.numel() for parameter in model.trained().values())
-    if settings.resume or settings.eval_only or settings.predict:
-        saved = data.read_json(out / "config.json", "fingerprints")["fingerprints"]
-        for what in marks:
-            if saved.get(what) != marks[what] and (what != "device" or settings.resume):
-                raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved.get(what)}")
+    share = f"{count:,} trained parameters, {count / sum(p.numel() for p in t5.parameters()):.1%} of the T5's"
+    if settings.old:
+        unchecked = {"device": not settings.resume, "data": settings.ask}    # --ask reads no data
+        for what in (what for what in marks if not unchecked.get(what)):
+            if saved["fingerprints"].get(what) != marks[what]:
+                raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        record = dict(settings={k: v for k, v in vars(settings).items() if k not in FREE[4:]},
-                      fingerprints=marks, trained_parameters=count, hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
+        record = dict(settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), trained_parameters=count,
+                      hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
         data.write_whole(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
-    print(f"{settings.method} on {settings.model}, {settings.precision}, {device.type}: {count:,} trained parameters; "
-          + "; ".join(f"{name} " + " / ".join(f"{split} {len(examples):,}" for split, examples in by_split.items())
-                      for name, by_split in splits.items()))
+    if settings.ask:
+        load_best(out / "best.safetensors", model)
+        return ask(model, tokenizer, tasks, images, settings)
+    introduce(t5, splits, settings)
+    print(f"{settings.method}, {settings.precision}, {device.type}: {share}")
     if settings.predict:
         load_best(out / "best.safetensors", model)
         return predict(model, tokenizer, tasks, splits, rows, settings)
     stop = data.catch_signals()
-    if not settings.eval_only:
-        train(model, tokenizer, tasks, splits, rows, settings, stop)
+    known = {} if settings.eval_only else train(model, tokenizer, tasks, splits, rows, settings, stop)
     best_step = load_best(out / "best.safetensors", model)
-    result = evaluate(model, tokenizer, tasks, splits, rows, ["validation", "test", "mismatched"], stop)
-    if result is None:
+    answers = answer_all(model, tokenizer, tasks, rows, ["validation", "test", "mismatched"], stop, known)
+    if answers is None:
         data.leave(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
-    data.write_whole(out / "metrics.json", json.dumps(dict(best_step=best_step, **result), indent=1).encode() + b"\n")
-    print(f"best step {best_step}:   {show(result)}\nsaved in {out}")
+    metrics = score_all(tasks, splits, answers)
+    majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split} for name, by_split in answers.items()}
+    data.write_whole(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, majority=majority), indent=1).encode() + b"\n")
+    report(tasks, splits, answers, metrics, majority, settings)
+    draw(model, tasks, majority, out)
+    print(f"{share}; best step {best_step:,}, saved in {out}; {time.perf_counter() - started:.0f} s")
 
 
 def predict(model, tokenizer, tasks, splits, rows, settings):
@@ -495,6 +572,113 @@ def predict(model, tokenizer, tasks, splits, rows, settings):
             texts = answer(model, tokenizer, task, rows[task.name][split], [])
             unknown = (data.write_results if visual else data.write_submission)(path, task, texts, examples)
             print(f"{path}: {len(examples):,} predictions" + (f"; {unknown} answers were no label" if unknown else ""))
+
+
+# ------------------------------------------------------------------------------------------------- what people are shown
+
+def introduce(t5, splits, settings):
+    """What the run works on; of a small one also the command line that does it in earnest."""
+    name, place = "mini-t5 (bundled, " if settings.bundled else f"{settings.model} (", "bundled sample data" if settings.sample else settings.data_dir
+    counts = "; ".join(f"{task} " + ", ".join(f"{split} {len(examples):,}" for split, examples in by_split.items()) for task, by_split in splits.items())
+    print(f"{name}{sum(p.numel() for p in t5.parameters()) / 1e6:.1f} M parameters) on {place}: {counts}")
+    if settings.bundled and not settings.old:
+        visual = [name in data.IMAGE_TASKS for name in splits]
+        folder = "vl --features features" if all(visual) else "DIR --features features" if any(visual) else "glue --download"
+        print(f"for real: python train.py --task {settings.task} --model t5-base --data-dir {folder}")
+
+
+def align(rows):
+    """Rows of strings -> lines, with columns as wide as they have to be."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def report(tasks, splits, answers, metrics, majority, settings):
+    """Print the metrics beside those of a constant answer, five answers of every task, and how to go on."""
+    print("\n" + align([("task", "split", "metric", "value", "majority", "rows"), *(
+        (name, split, metric, f"{value:.4f}", f"{majority[name][split][metric]:.4f}", f"{len(answers[name][split]):,}")
+        for name, by_split in metrics.items() for split, values in by_split.items() for metric, value in values.items())]))
+    for name, task in tasks.items():
+        split = "test" if "test" in answers[name] else "validation"
+        pairs = [(splits[name][split][i], answers[name][split][i]) for i in np.random.default_rng(settings.seed).permutation(len(answers[name][split]))[:5]]
+        print(f"\n{len(pairs)} of the {len(answers[name][split]):,} answers of {name}, {split}:")
+        for example, text in pairs:
+            right = data.rightness(task, text, example)
+            mark = "" if right is None else {0: "(wrong) ", 1: "(right) "}.get(right, f"({right:.1f} right) ")
+            lines = [*zip(task.fields, example.parts[1::2]), ("image", ":".join(example.image or "")), ("predicted", text or "(nothing)"), ("gold", mark + example.target)]
+            print("\n" + align([(f"  {field}", textwrap.shorten(value, 120, placeholder=" ...")) for field, value in lines if value]))
+    example = min((example for example, _ in pairs), key=lambda example: len(example.source))
+    asked = [name] * (len(tasks) > 1) + example.parts[1::2] + [":".join(example.image or "")] * bool(example.image)
+    print(f"\nask it:    python train.py --out {settings.out} --ask {shlex.join(asked)}\nevaluate:  python train.py --out {settings.out} --eval-only")
+
+
+def find_image(images, text, settings):
+    """17 or val2014:17 -> (features, row) and "val2014:17", or None. Without a set, val... is looked at first; a set that the run
+    does not know is opened if its features lie beside the others and are like them."""
+    image_set, _, key = text.rpartition(":")
+    if images and image_set and os.path.exists(f"{settings.features}/{image_set}.npy"):        # no error for a long text
+        images = open_features(settings, [*images, image_set])[0]
+    for name in sorted(images, key=lambda name: not name.startswith("val")):
+        if image_set in ("", name) and key in images[name][1]:
+            return (images[name][0], images[name][1][key]), f"{name}:{key}"
+
+
+@torch.no_grad()
+def ask(model, tokenizer, tasks, images, settings):
+    """Print the answer to --ask, and of a task with label words the probability of each."""
+    inputs = {name: [*task.fields, *["image id"] * (name in data.IMAGE_TASKS)] for name, task in tasks.items()}
+    texts, image = settings.ask, find_image(images, settings.ask[-1], settings)
+    if len(texts) > 1 and texts[0] in tasks:
+        inputs, texts = {texts[0]: inputs[texts[0]]}, texts[1:]
+    fitting = sorted((name for name in inputs if len(inputs[name]) == len(texts)), key=lambda name: name not in data.IMAGE_TASKS)
+    name = next((name for name in fitting if image or name not in data.IMAGE_TASKS), None)     # an id is not taken for a text
+    if name is None:
+        found = f"image {texts[-1]}, which is in none of {', '.join(images)}" if fitting else f"texts: {len(texts)}"
+        expected = " or ".join(f"{name}: " + ", ".join(fields) for name, fields in inputs.items())
+        raise UserError(f"--ask: found {found}; expected {expected}")
+    task, visual = tasks[name], name in data.IMAGE_TASKS
+    parts, words = data.source_parts(task, texts[:len(task.fields)]), list(task.labels.values())
+    rows = encode([data.Example(parts, word, None, "") for word in words or [""]], tokenizer, settings)
+    for row in rows:
+        row.image = image[0] if visual else None
+    print(" ".join(parts) + (f"   [{image[1]}]" if visual else ""))
+    print(answer(model, tokenizer, task, rows[:1], [])[0])
+    if words:
+        tensors = torch.from_numpy(data.pad([r.source for r in rows], 0)), torch.from_numpy(data.pad([r.targets[0] for r in rows], -100)), gather_images(rows)
+        ids, labels, features = (None if tensor is None else tensor.to(model.layer_ids.device) for tensor in tensors)
+        logits, _ = model(ids, ids != 0, labels, name, features=features)                                         # [words, T, V]
+        told = logits.float().log_softmax(2).gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0] * (labels >= 0)  # [words, T]
+        print(align([(f"  {word}", f"{chance:.4f}") for word, chance in zip(words, told.sum(1).softmax(0).tolist())]))
+
+
+def draw(model, tasks, majority, out):
+    """RUN/curves.png from log.jsonl, and for several tasks RUN/task_similarity.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("for curves.png: pip install matplotlib")
+    if log := [json.loads(line) for line in read_log(out / "log.jsonl", float("inf"))]:
+        steps, evaluations = [row for row in log if "loss" in row], [row for row in log if "validation" in row]
+        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+            axes.plot([row["step"] for row in steps], [row.get(key) for row in steps], color="0.6", label=f"training {key}")
+            axes.set(xlabel="step", ylabel=key)
+        for name, metric in ((name, metric) for name, task in tasks.items() for metric in task.metrics):
+            values = [row["validation"][name]["validation"][metric] for row in evaluations]
+            line, = axes.plot([row["step"] for row in evaluations], values, "o-", label=f"{name} validation {metric}")
+            axes.axhline(majority[name]["validation"][metric], linestyle="--", color=line.get_color(), label=f"{name} {metric}, majority")
+        axes.legend(fontsize="small", bbox_to_anchor=(1, 1))
+        figure.savefig(out / "curves.png", dpi=120)
+    if len(tasks) > 1 and model.prefix_sites + model.adapter_sites:
+        z = F.normalize(model.hyper_embedding.task.detach().flatten(1), dim=1)                                    # z_tau [M, N*Z]
+        cosine, figure = (z @ z.T).cpu().numpy(), Figure(figsize=(2 + 0.8 * len(tasks),) * 2, layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(cosine, vmin=-1, vmax=1, cmap="coolwarm")
+        axes.set(title="cosine of the task embeddings", yticks=range(len(tasks)), yticklabels=tasks)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=45)
+        for i, j in np.ndindex(cosine.shape):
+            axes.text(j, i, f"{cosine[i, j]:.2f}", ha="center", va="center")
+        figure.savefig(out / "task_similarity.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -93,9 +93,9 @@ def flan(tmp_path_factory):
     return folder
 
 
-def run(*arguments, ok=True, **environment):
+def run(*arguments, ok=True, cwd=ROOT, **environment):
     """Run a command of the project in a subprocess -> (stdout, stderr). A failure must be one line and exit code 2."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     if ok:
         assert done.returncode == 0, done.stderr
