@@ -543,7 +543,8 @@ def main():
     if answers is None:
         data.leave(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
     metrics = score_all(tasks, splits, answers)
-    majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split} for name, by_split in answers.items()}
+    majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split}
+                for name, by_split in answers.items()}
     data.write_whole(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, majority=majority), indent=1).encode() + b"\n")
     report(tasks, splits, answers, metrics, majority, settings)
     draw(model, tasks, majority, out)
@@ -605,7 +606,8 @@ def report(tasks, splits, answers, metrics, majority, settings):
         for example, text in pairs:
             right = data.rightness(task, text, example)
             mark = "" if right is None else {0: "(wrong) ", 1: "(right) "}.get(right, f"({right:.1f} right) ")
-            lines = [*zip(task.fields, example.parts[1::2]), ("image", ":".join(example.image or "")), ("predicted", text or "(nothing)"), ("gold", mark + example.target)]
+            lines = [*zip(task.fields, example.parts[1::2]), ("image", ":".join(example.image or "")),
+                     ("predicted", text or "(nothing)"), ("gold", mark + example.target)]
             print("\n" + align([(f"  {field}", textwrap.shorten(value, 120, placeholder=" ...")) for field, value in lines if value]))
     example = min((example for example, _ in pairs), key=lambda example: len(example.source))
     asked = [name] * (len(tasks) > 1) + example.parts[1::2] + [":".join(example.image or "")] * bool(example.image)

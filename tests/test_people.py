@@ -107,7 +107,8 @@ def test_ask_gives_the_answer_and_its_chances(first, sample, checkpoint):
     source = f"rte sentence1: {asked[0]} sentence2: {asked[1]}"
     assert lines[:2] == [source, answered["predicted"]] and [line.split()[0] for line in lines[2:]] == ["entailment", "not_entailment"]
     settings, tokenizer = read_json(out / "config.json")["settings"], Tokenizer.from_pretrained(checkpoint)
-    model = HyperPELT(T5.from_pretrained(checkpoint), ["rte"], HyperPELTConfig(**{name: settings[name] for name in ("prefix_length", "embedding_dim", "hyper_dim", "bottleneck")})).eval()
+    sizes = {name: settings[name] for name in ("prefix_length", "embedding_dim", "hyper_dim", "bottleneck")}
+    model = HyperPELT(T5.from_pretrained(checkpoint), ["rte"], HyperPELTConfig(**sizes)).eval()
     train_module.load_best(out / "best.safetensors", model)
     ids, chances = torch.tensor([tokenizer.encode(source)]), []
     for word in ("entailment", "not_entailment"):                # one word after the other, one token after the other
