@@ -119,14 +119,17 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
         return torch.cat([self.positions[:1], grid])                         # the class token's position stays
 
-    def forward(self, pixels):                                               # [B, 3, S, S]
+    def tokens(self, pixels):                                                # [B, 3, S, S]
         x = self.patches(pixels)                                             # [B, V, S/P, S/P]
         x, side = x.flatten(2).transpose(1, 2), x.size(2)                    # [B, N, V]
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.position_table(side)
         x = self.pre_norm(x)
         for layer in self.layers:
             x = layer(x)
-        return x[:, 1:]                                                      # [B, N, V]
+        return x                                                             # [B, 1+N, V]
+
+    def forward(self, pixels):                                               # [B, 3, S, S]
+        return self.tokens(pixels)[:, 1:]                                    # [B, N, V]
 
 
 # ------------------------------------------------------------------------------------------------- modified ResNet
@@ -226,6 +229,13 @@ def load_encoder(folder):
                     " transformers or a CLIP ResNet in OpenAI's names")
 
 
+def public_name(kind, name):
+    """Our name of an encoder's tensor -> its name in public files."""
+    for ours, theirs in kind.renamed:
+        name = name.replace(ours, theirs)
+    return kind.prefix + name
+
+
 def read_encoder(kind, file, path):
     """An open safetensors file -> encoder of this kind."""
     parts = {name: file.get_slice(name) for name in file.keys() if not name.startswith(TEXT_HALF)}
@@ -242,12 +252,7 @@ def read_encoder(kind, file, path):
     with torch.device("meta"):                                               # shapes only
         make, sizes = kind.from_shapes(need, [name.removeprefix(kind.prefix) for name in parts], path.parent)
         model = make(*sizes)
-    wanted = {}                                                              # public name -> ours
-    for name in model.state_dict():
-        public = name
-        for ours, theirs in kind.renamed:
-            public = public.replace(ours, theirs)
-        wanted[kind.prefix + public] = name
+    wanted = {public_name(kind, name): name for name in model.state_dict()}  # public name -> ours
     for name, part in parts.items():
         allowed = ("F32", "F16", "BF16")
         if name in wanted:

@@ -145,7 +145,7 @@ def parse_settings():
     if settings["bundled"]:
         settings["model"] = str(SAMPLE / "mini-t5")
         if not Path(settings["model"]).is_dir():
-            raise UserError(f"{settings['model']}: no such folder, expected the bundled T5; bring it back, or choose --model and --data-dir")
+            raise UserError(f"{settings['model']}: no such folder, expected a small T5 (sample/make.py makes it); or choose --model and --data-dir")
     if settings["sample"]:
         settings.update(data_dir=str(SAMPLE), features=settings["features"] or str(SAMPLE / "vqa" / "features"))
     return argparse.Namespace(**settings)

@@ -1,0 +1,1118 @@
+"""Make everything in this folder again: data, tokenizer, a small T5, a small CLIP. Every step is seeded.
+
+    python sample/make.py glue                         # sample/glue: RTE and SST-2 (then: what a bag of words makes of them)
+    python sample/make.py text --work DIR              # DIR/text.txt and DIR/wordnet.json, from two Debian packages
+    python sample/make.py vocab --work DIR             # sample/mini-t5/spiece.model
+    python sample/make.py pretrain --work DIR          # sample/mini-t5; hours; stopped or killed, the same command goes on
+    python sample/make.py fill --work DIR              # what the small T5 puts into held-out gaps and answers
+    python sample/make.py scenes                       # sample/vqa: images, and questions in VQAv2's format
+    python sample/make.py clip                         # sample/mini-clip; about 25 minutes on a core
+    python sample/make.py features                     # sample/vqa/features, by clip_features.py
+    python sample/make.py files                        # every file with its size and hash, for sample/README.md
+
+Needs requirements.txt; `glue` shows its bags of words with scikit-learn where that is installed.
+"""
+import itertools
+import json
+import math
+import random
+import re
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import clip_features                                                         # noqa: E402
+import data                                                                  # noqa: E402
+from t5 import T5, T5Config, Tokenizer, public_name                          # noqa: E402
+
+# ------------------------------------------------------------------------------------------- word lists of the sample tasks
+
+KINDS = {  # top -> middle -> leaves: every word is a kind of the words above it
+    "animal": {"dog": "poodle beagle terrier spaniel", "bird": "sparrow robin parrot eagle", "insect": "ant wasp beetle moth"},
+    "person": {"musician": "pianist violinist drummer", "doctor": "surgeon dentist", "athlete": "swimmer boxer runner",
+               "artist": "painter sculptor", "relative": "uncle aunt cousin nephew"},
+    "vehicle": {"car": "taxi limousine sedan", "boat": "canoe ferry yacht", "plane": "jet glider"},
+    "plant": {"tree": "oak pine maple willow", "flower": "rose tulip daisy orchid"},
+    "garment": {"hat": "cap helmet bonnet", "shoe": "boot sandal slipper", "coat": "jacket raincoat"},
+    "food": {"fruit": "apple pear lemon plum", "vegetable": "carrot onion turnip cabbage"},
+}
+PARENT = {leaf: middle for top in KINDS.values() for middle, leaves in top.items() for leaf in leaves.split()}
+PARENT |= {middle: top for top, middles in KINDS.items() for middle in middles}
+NOUNS = [*KINDS, *PARENT]
+DEEDS = "chased followed watched helped pushed touched ignored carried greeted warned".split()         # to an animal or a person
+HANDLING = "cleaned moved painted wanted dropped borrowed described photographed delivered inspected".split()    # of a thing
+SCALES = [(("big", "large"), ("small", "little")), (("quick", "fast"), ("slow", "sluggish")), (("quiet", "silent"), ("loud", "noisy")),
+          (("happy", "cheerful"), ("sad", "unhappy")), (("rich", "wealthy"), ("poor", "penniless")), (("clean", "spotless"), ("dirty", "filthy")),
+          (("sick", "ill"), ("healthy", "fit")), (("brave", "courageous"), ("timid", "cowardly")), (("clever", "smart"), ("stupid", "foolish")),
+          (("angry", "furious"), ("calm", "peaceful"))]                      # each end of a scale in two words
+SYNONYMS = [end for scale in SCALES for end in scale]
+ANTONYMS = [(a, b) for one, other in SCALES for a in one for b in other]
+COLOURS = "red blue green yellow white black brown grey".split()
+ADJECTIVES = {"thing": COLOURS + "big small large little clean dirty old".split(),
+              "being": "big small quick slow quiet loud happy sad old young brave clever tall".split()}
+PLACES = ["in the garden", "near the river", "at the station", "behind the house", "in the park", "on the bridge", "at the market", "by the lake"]
+TIMES = ["on monday", "after lunch", "before dawn", "in the morning", "last week", "at noon", "during the storm", "on friday"]
+NUMBERS = "one two three four five six seven eight nine".split()
+
+
+def kin(word):
+    """-> the words above a noun."""
+    return [] if word not in PARENT else [PARENT[word], *kin(PARENT[word])]
+
+
+def below(word):
+    return [other for other in NOUNS if word in kin(other)]
+
+
+def top(word):
+    return (kin(word) or [word])[-1]
+
+
+def plural(noun):
+    return noun[:-1] + "ies" if re.search("[^aeo]y$", noun) else noun + ("es" if re.search("(ch|sh|s|x)$", noun) else "s")
+
+
+# ---------------------------------------------------------------------------------------------- sample/glue: RTE and SST-2
+# A fact is a dict: subject and object (noun, adjective, number), a verb, a place or a time. Each function below makes premise and
+# hypothesis of a kind, for both labels, so that the hypotheses of both look alike and the words shared give little away.
+
+def noun_phrase(rng, noun, adjective="", number=1, article=None):
+    words = [w for w in (adjective, noun if number == 1 else plural(noun)) if w]
+    if number > 1:
+        return " ".join([NUMBERS[number - 1], *words])
+    article = article or rng.choice(["a", "the"])
+    return " ".join(["an" if article == "a" and words[0][0] in "aeiou" else article, *words])
+
+
+def fact(rng, **given):
+    """A random fact; words of `given` (subject, object, ...) stay."""
+    subject = given.get("subject") or rng.choice([n for n in NOUNS if top(n) in ("person", "animal")])
+    beings = top(given["object"]) in ("person", "animal") if "object" in given else top(subject) == "animal" or rng.random() < 0.5
+    if "subject" not in given and not beings:
+        subject = rng.choice([n for n in NOUNS if top(n) == "person"])
+    object = given.get("object") or rng.choice([n for n in NOUNS if (top(n) in ("person", "animal")) == beings and n != subject])
+    return {"subject": subject, "object": object, "verb": rng.choice(DEEDS if beings else HANDLING), "subject_adjective": "", "object_adjective": "",
+            "subject_number": 1, "object_number": 1, "where": "", "articles": rng.choices(["a", "the"], k=2), **given}
+
+
+def being(noun):
+    return "being" if top(noun) in ("person", "animal") else "thing"
+
+
+def say(rng, f, passive=False, negated=False):
+    subject = f.get("subject_text") or noun_phrase(rng, f["subject"], f["subject_adjective"], f["subject_number"], f["articles"][0])
+    object = f.get("object_text") or noun_phrase(rng, f["object"], f["object_adjective"], f["object_number"], f["articles"][1])
+    first, second, number = (object, subject, f["object_number"]) if passive else (subject, object, f["subject_number"])
+    verb = f["verb"]
+    if negated and not passive:                                              # all verbs of the lists are regular
+        stem = verb[:-3] + "y" if verb.endswith("ied") else verb[:-1] if verb[:-1] in STEMS_IN_E else verb[:-3] if re.search(r"pped$", verb) else verb[:-2]
+        verb = f"did not {stem}"
+    elif passive:
+        verb = f"{'was' if number == 1 else 'were'} {'not ' * negated}{verb} by"
+    return " ".join(w for w in (first, verb, second, f["where"]) if w)
+
+
+STEMS_IN_E = "chase ignore move describe".split()
+
+
+def modifiers(rng, f, count):
+    """A fact with `count` of its three modifiers (subject's and object's adjective, place or time) filled in."""
+    slots = rng.sample(["subject_adjective", "object_adjective", "where"], count)
+    return {**f, **{slot: rng.choice(PLACES + TIMES) if slot == "where" else rng.choice(ADJECTIVES[being(f[slot.split("_")[0]])]) for slot in slots}}
+
+
+def by_kind(rng, entailed):
+    """A wider word against a narrower or an unrelated one; after "no" the other way round: "no bird" tells of every robin."""
+    slot = rng.choice(["subject", "object"])
+    word = rng.choice([n for n in NOUNS if below(n) and (slot == "object" or being(n) == "being")])
+    unrelated = [n for n in NOUNS if n != word and n not in kin(word) and word not in kin(n) and being(n) == being(word) and (word in KINDS or top(n) == top(word))]
+    denied = slot == "subject" and rng.random() < 0.4
+    if entailed or denied:
+        source = rng.choice(below(word))
+    else:
+        source = rng.choice(rng.choice([kin(word), unrelated]) or unrelated)
+    f = modifiers(rng, fact(rng, **{slot: source}), rng.randrange(3))
+    if denied:                                                               # the adjective would change what the noun stands for
+        f, pair = {**f, "subject_adjective": ""}, [f"no {word}", f"no {source}"] if entailed else [f"no {source}", f"no {word}"]
+        return tuple(say(rng, {**f, "subject_text": text}) for text in pair)
+    # "the dog" of a premise may be spoken of as "an animal", whatever the article was
+    return say(rng, f), say(rng, {**f, slot: word, "articles": [("a" if slot == s else a) for s, a in zip(("subject", "object"), f["articles"])]})
+
+
+def by_modifier(rng, entailed):
+    """Dropped against unsupported, or moved to the other noun; after "no" the other way round."""
+    slots = ["subject_adjective", "object_adjective", "where"]
+    bare = fact(rng)
+    some, full = modifiers(rng, bare, rng.randrange(1, 3)), modifiers(rng, bare, 3)
+    filled, free = [s for s in slots if some[s]], rng.choice([s for s in slots if not some[s]])
+    more = {**some, free: full[free]}
+    if rng.random() < 0.5:                                                   # "no dog barked": "no old dog barked" as well
+        texts = [say(rng, {**f, "subject_text": " ".join(f"no {f['subject_adjective']} {f['subject']}".split())}) for f in (some, more)]
+        return tuple(texts if entailed else texts[::-1])
+    if entailed:
+        return say(rng, more), say(rng, some)
+    if filled != ["where"] and rng.random() < 0.6:                           # the same words, the adjective at the other noun
+        return say(rng, {**some, "subject_adjective": some["object_adjective"], "object_adjective": some["subject_adjective"]}), say(rng, some)
+    return say(rng, {**more, rng.choice(filled): ""}), say(rng, some)
+
+
+def by_conjunction(rng, entailed):
+    """One of two that both did it, against one of two of whom we do not know which."""
+    f = modifiers(rng, fact(rng), rng.randrange(2))
+    other = rng.choice([n for n in NOUNS if top(n) == top(f["subject"]) and n not in (f["subject"], f["object"])])
+    names = ["the " + n for n in rng.sample([f["subject"], other], 2)]
+    if rng.random() < 0.5:                                                   # two clauses: each keeps its own subject
+        g = fact(rng, subject=other)
+        f, g = {**f, "articles": ["the", "the"]}, {**g, "articles": ["the", "the"]}
+        if g["object"] in (f["subject"], f["object"]):
+            return by_conjunction(rng, entailed)
+        whole = " and ".join(rng.sample([say(rng, f), say(rng, g)], 2))
+        one, two = rng.sample([f, g], 2)
+        return whole, say(rng, one if entailed or being(two["object"]) != being(one["object"]) and top(one["subject"]) == "animal"
+                          else {**two, "subject": one["subject"], "subject_adjective": one["subject_adjective"]})
+    f = {**f, "articles": ["the", "the"]}
+    how, either = rng.choice(["one", "one", "both", "or"]), "either {} or {}"
+    if how == "one":
+        premise, denied = rng.choice([("{} and {}", False), ("neither {} nor {}", True)] if entailed else
+                                     [("{} and {}", True), ("neither {} nor {}", False), (either, True), (either, False)])
+        hypothesis = say(rng, {**f, "subject_text": rng.choice(names)}, negated=denied)
+    elif how == "both":
+        premise = "{} and {}" if entailed else rng.choice([either, "neither {} nor {}"])
+        hypothesis = say(rng, {**f, "subject_text": " and ".join(reversed(names))})
+    else:                                                                    # "or" holds of "and" as well, not of "neither"
+        premise = rng.choice(["{} and {}", either, either]) if entailed else "neither {} nor {}"
+        hypothesis = say(rng, {**f, "subject_text": " or ".join(reversed(names))})
+    return say(rng, {**f, "subject_text": premise.format(*names)}), hypothesis
+
+
+def by_number(rng, entailed):
+    """At least, at most, exactly; the premise has a second number, which counts something else."""
+    f = modifiers(rng, fact(rng), rng.randrange(2))
+    how, n, m = rng.choice(["at least", "at most", "exactly"]), *rng.sample(range(2, 10), 2)
+    true = {"at least": range(2, n), "at most": range(n + 1, 10), "exactly": [n]}[how]
+    allowed = [k for k in range(2, 10) if abs(k - n) <= 3 and (k in true if entailed else k not in true and k != n)]
+    if not allowed:
+        return by_number(rng, entailed)
+    k = m if m in allowed and rng.random() < 0.6 else rng.choice(allowed)
+    one, two = rng.sample(["subject", "object"], 2)
+    f = {**f, f"{one}_number": n, f"{two}_number": m}
+    return say(rng, f), say(rng, {**f, f"{one}_text": f"{how} {noun_phrase(rng, f[one], f[one + '_adjective'], k)}"})
+
+
+def by_role(rng, entailed):
+    """Active and passive: the same roles, or swapped."""
+    f = fact(rng, object=rng.choice([n for n in NOUNS if top(n) in ("person", "animal")]))
+    if f["subject"] == f["object"]:
+        return by_role(rng, entailed)
+    f = {**modifiers(rng, f, rng.randrange(2)), "articles": ["the", "the"]}
+    swapped = {**f, **{a + end: f[b + end] for a, b in (("subject", "object"), ("object", "subject")) for end in ("", "_adjective")}}
+    return say(rng, f, passive=rng.random() < 0.5), say(rng, f if entailed else swapped, passive=rng.random() < 0.5)
+
+
+def by_opposite(rng, entailed):
+    """An adjective's synonym against its opposite, a denial repeated against a denial dropped or added."""
+    f = fact(rng)
+    if rng.random() < 0.6:
+        pair = rng.choice(SYNONYMS if entailed else ANTONYMS)
+        slot = "subject" if top(f["object"]) not in ("person", "animal") or rng.random() < 0.5 else "object"
+        one, two = rng.sample(pair, 2)
+        return say(rng, {**f, slot + "_adjective": one}), say(rng, {**f, slot + "_adjective": two})
+    f = {**f, "articles": ["the", "the"]}
+    if rng.random() < 0.5:                                                   # "the dog, not the cat, ..."
+        other = rng.choice([n for n in NOUNS if top(n) == top(f["subject"]) and n not in (f["subject"], f["object"])])
+        who, denied = rng.choice([(f["subject"], False), (other, True)] if entailed else [(f["subject"], True), (other, False)])
+        return say(rng, {**f, "subject_text": f"the {f['subject']} , not the {other} ,"}), say(rng, {**f, "subject_text": f"the {who}"}, negated=denied)
+    first = rng.random() < 0.5
+    second = first if entailed else not first
+    return say(rng, f, rng.random() < 0.5, negated=first), say(rng, f, rng.random() < 0.5, negated=second)
+
+
+def rte_rows(rng, count):
+    """-> [(premise, hypothesis, label)], half of each label, without repetition."""
+    kinds, rows, seen = [by_kind, by_modifier, by_conjunction, by_number, by_role, by_opposite], [], set()
+    while len(rows) < count:
+        entailed = len(rows) % 2 == 0
+        premise, hypothesis = (text[0].upper() + text[1:] + "." for text in kinds[len(rows) // 2 % len(kinds)](rng, entailed))
+        if (premise, hypothesis) not in seen and premise != hypothesis:
+            seen.add((premise, hypothesis))
+            rows.append((premise, hypothesis, "entailment" if entailed else "not_entailment"))
+    rng.shuffle(rows)
+    return rows
+
+
+ASPECTS = "film plot acting dialogue story music ending direction script cast humor pacing".split()
+GOOD = "charming brilliant funny moving fresh clever gripping delightful sharp warm thrilling witty".split()
+BAD = "boring dull clumsy tedious stale silly lifeless awful bland shallow tiresome messy".split()
+NEGATIONS = ["is not {}", "is never {}", "is hardly {}", "is far from {}", "is anything but {}", "fails to be {}"]
+ASSERTIONS = ["is {}", "is truly {}", "is quite {}", "feels {}", "manages to be {}", "is nothing but {}"]
+
+
+def opinion(rng, aspect, positive):
+    denied = rng.random() < 0.5
+    word = rng.choice(GOOD if positive != denied else BAD)
+    return f"the {aspect} " + rng.choice(NEGATIONS if denied else ASSERTIONS).format(word)
+
+
+def sst2_rows(rng, count):
+    """-> [(sentence, label)]: denial turns a word round, and of two opinions one counts: after `but`, not after `although`."""
+    rows, seen = [], set()
+    while len(rows) < count:
+        positive = len(rows) % 2 == 0
+        one, two = rng.sample(ASPECTS, 2)
+        text = opinion(rng, one, positive)
+        if rng.random() < 0.6:
+            weak = opinion(rng, two, rng.random() < 0.5 if rng.random() < 0.3 else not positive)
+            text = rng.choice([f"{weak} , but {text}", f"although {weak} , {text}", f"{text} , although {weak}", f"{text} , even if {weak}"])
+        text += rng.choice([" .", " !", " in the end .", " , as ever ."])
+        if text not in seen:
+            seen.add(text)
+            rows.append((text, int(positive)))
+    rng.shuffle(rows)
+    return rows
+
+
+def glue(args):
+    for folder, header, make in (("RTE", "index\tsentence1\tsentence2\tlabel", rte_rows), ("SST-2", "sentence\tlabel", sst2_rows)):
+        rows = make(random.Random(f"{folder} {args.seed}"), 4400)
+        (HERE / "glue" / folder).mkdir(parents=True, exist_ok=True)
+        for name, part in (("train", rows[:4000]), ("dev", rows[4000:])):
+            lines = ["\t".join(map(str, (i, *row) if folder == "RTE" else row)) for i, row in enumerate(part)]
+            data.write_whole(HERE / "glue" / folder / f"{name}.tsv", "\n".join([header, *lines, ""]).encode())
+        print(f"{HERE.name}/glue/{folder}: 4,000 and 400 rows, for instance {rows[0]}")
+        bags_of_words(folder, rows)
+
+
+def bags_of_words(name, rows):
+    """Print what a linear classifier reaches without reading: on each text's words, and on which words are shared and new."""
+    try:
+        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        return print("with scikit-learn installed this shows what bags of words reach")
+    def words(text):
+        return re.findall(r"[\w']+", text.lower())
+    views = {"the sentence": lambda row: [f"1 {w}" for w in words(row[0])]}
+    if len(rows[0]) == 3:
+        views = {"the hypothesis alone": lambda row: words(row[1]), "both texts": lambda row: [f"1 {w}" for w in words(row[0])] + [f"2 {w}" for w in words(row[1])],
+                 "counts of shared, new and dropped words": lambda row: [f"{name} {size}" for name, size in zip("snd", (
+                     len(set(words(row[0])) & set(words(row[1]))), len(set(words(row[1])) - set(words(row[0]))), len(set(words(row[0])) - set(words(row[1])))))],
+                 "new and dropped words": lambda row: [f"n {w}" for w in set(words(row[1])) - set(words(row[0]))] + [f"d {w}" for w in set(words(row[0])) - set(words(row[1]))]}
+    for what, view in views.items():
+        counts = CountVectorizer(analyzer=view)
+        x = counts.fit_transform(rows[:4000])
+        model = LogisticRegression(max_iter=2000, C=0.3).fit(x, [row[-1] for row in rows[:4000]])
+        score = model.score(counts.transform(rows[4000:]), [row[-1] for row in rows[4000:]])
+        print(f"  linear classifier on {what}: {score:.3f} of the 400 rows right")
+
+
+# ------------------------------------------------------------------------------------------- text, WordNet's facts, tokenizer
+
+def text(args):
+    """DIR/text.txt, a paragraph a line, from Debian's packages of WordNet 3.0 (definitions and examples; WordNet licence) and of Jane
+    Austen's novels (public domain); DIR/wordnet.json with WordNet's nouns and the words above them, synonyms and opposites."""
+    work = Path(args.work)
+    for package, file in (("wordnet-base", "usr/share/wordnet/data.noun"), ("r-cran-janeaustenr", "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")):
+        if not (work / file).exists():
+            work.mkdir(parents=True, exist_ok=True)
+            try:
+                subprocess.run(["apt-get", "download", "-q", package], cwd=work, check=True)
+                subprocess.run(["dpkg-deb", "-x", *map(str, work.glob(f"{package}_*.deb")), str(work)], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise data.UserError(f"{work}: found no {file}, expected the contents of Debian's package {package} ({error})") from None
+    paragraphs = novels((work / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes())
+    words = sum(len(p.split()) for p in paragraphs)
+    entries, facts = wordnet(work / "usr/share/wordnet")
+    random.Random(args.seed).shuffle(paragraphs := paragraphs + entries)
+    data.write_whole(work / "text.txt", ("\n".join(paragraphs) + "\n").encode())
+    data.write_whole(work / "wordnet.json", json.dumps(facts).encode())
+    print(f"novels {words:,} words, WordNet {sum(len(p.split()) for p in entries):,} words; "
+          + ", ".join(f"{len(v):,} {k}" for k, v in facts.items()))
+
+
+def novels(raw):
+    """The strings of an R data base: 4 bytes length, zlib, objects whose strings are a type word 9, their length, their bytes."""
+    lines, place = [], 0
+    while place + 4 < len(raw):
+        stream = zlib.decompressobj()
+        block = stream.decompress(raw[place + 4:])
+        place = len(raw) - len(stream.unused_data)
+        found, i = [], 0
+        while (i := block.find(b"\x00\x09", i)) >= 0:                        # ..00 09, then the length
+            length = struct.unpack(">I", block[i + 2:i + 6])[0] if i + 6 <= len(block) else 2**31
+            part = block[i + 6:i + 6 + length]
+            if length < 200 and len(part) == length and all(31 < b for b in part):
+                found.append(part.decode("utf-8", "replace"))
+                i += 6 + length
+            else:
+                i += 1
+        lines += found if len(found) > 1000 else []                          # the novels, not their names
+    text = re.sub(r"_|\[\w+\]", "", "\n".join(lines))
+    return [p for p in (" ".join(p.split()) for p in re.split(r"\n\s*\n|\n(?=CHAPTER|Chapter)", text)) if len(p) > 60 and not p.isupper()]
+
+
+def wordnet(folder):
+    """-> ["word: definition; examples"], {"kinds": [[word, [words above]]], "synonyms": [[a, b]], "opposites": [[a, b]]}."""
+    synsets, entries = {}, []
+    for part, letter in (("noun", "n"), ("verb", "v"), ("adj", "a"), ("adv", "r")):
+        for line in (folder / f"data.{part}").read_text(errors="replace").splitlines():
+            if line.startswith(" "):
+                continue
+            facts, gloss = line.split(" | ", 1)
+            facts = facts.split()
+            names = [re.sub(r"\(\w+\)", "", w).replace("_", " ") for w in facts[4:4 + 2 * int(facts[3], 16):2]]
+            pointers = facts[5 + 2 * int(facts[3], 16):][:4 * int(facts[4 + 2 * int(facts[3], 16)])]
+            pairs = [(sign, at, part) for sign, at, part in zip(pointers[::4], pointers[1::4], pointers[2::4]) if sign in ("@", "!")]
+            synsets[letter, facts[0]] = names, pairs
+            entries.append(f"{', '.join(names[:3])}: {gloss.strip()}")
+    # How often a word was met in this sense, for the frequent ones (cntlist.rev: sense key, number, count).
+    met = {}
+    for line in (folder / "cntlist.rev").read_text().splitlines():
+        key, _, count = line.split()
+        word = key.split("%")[0].replace("_", " ")
+        met[word] = met.get(word, 0) + int(count)
+    plain = re.compile("[a-z]+( [a-z]+)?$")
+    kinds, synonyms, opposites, done = [], [], [], set()
+    index = {}                                                               # a noun -> its first, most frequent sense
+    for line in (folder / "index.noun").read_text().splitlines():
+        parts = line.split()
+        if not line.startswith(" "):
+            index[parts[0].replace("_", " ")] = parts[6 + int(parts[3])]
+    for word, offset in index.items():
+        if not plain.match(word) or not (met.get(word, 0) > 0 or word in NOUNS):
+            continue
+        above, at = [], ("n", offset)
+        for _ in range(8):
+            up = [(p, o) for sign, o, p in synsets[at][1] if sign == "@"]
+            if not up:
+                break
+            at = up[0]
+            above.append(synsets[at][0][0].lower())
+        if len(above) >= 3:
+            kinds.append([word, above[:-2]])                                 # not up to "entity"
+    for names, pointers in synsets.values():
+        names = [n.lower() for n in names if plain.match(n.lower()) and met.get(n.lower(), 0) > 1]
+        synonyms += [[names[0], other] for other in names[1:3]]
+        for sign, offset, p in pointers:
+            other = synsets[p if p != "s" else "a", offset][0][0].lower() if sign == "!" and (p, offset) in synsets else ""
+            if names and plain.match(other):
+                opposites.append([names[0], other])
+    return entries, dict(kinds=kinds, synonyms=synonyms, opposites=opposites)
+
+
+def vocab(args):
+    """sample/mini-t5/spiece.model: 5,000 pieces of that text, lower and upper case, and of the words of T5's text formats."""
+    import sentencepiece
+    work, out = Path(args.work), HERE / "mini-t5"
+    lines = (work / "text.txt").read_text().splitlines()
+    rng = random.Random(args.seed)
+    words = " ".join(f"{w} {plural(w)}" for w in NOUNS) + " " + " ".join(DEEDS + HANDLING + NUMBERS + ASPECTS + GOOD + BAD + COLOURS
+                                                                       + [w for pair in SYNONYMS + ANTONYMS for w in pair])
+    formats = " ".join(f"{name} {' '.join(task.labels.values())}" for name, task in data.TASKS.items())
+    formats += " sentence: sentence1: sentence2: question: answer: premise: hypothesis: vqa: yes no circle square triangle star"
+    out.mkdir(exist_ok=True)
+    lines += [" ".join(rng.sample(words.split(), 12)) for _ in range(12000)] + [formats] * 300
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(out / "spiece"), vocab_size=VOCABULARY, model_type="unigram", character_coverage=0.9998,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>", minloglevel=1, num_threads=2)
+    (out / "spiece.vocab").unlink()
+    tokenizer = Tokenizer(out / "spiece.model")
+    split = [w for w in words.split() if len(tokenizer.encode(w)) > 2]
+    print(f"{len(tokenizer.pieces):,} pieces; words of the sample of more than one piece: {len(split)} of {len(words.split())}, {' '.join(split[:20])}")
+
+
+# ------------------------------------------------------------------------------------------------- pretraining of the small T5
+
+VOCABULARY = 5000
+CONFIG = T5Config(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_heads=4, num_decoder_layers=2, vocab_size=5120)  # v1.0's form
+WINDOW, NOISE, SPAN = 128, 0.15, 3       # tokens of a piece of text, share of them removed, mean length of a gap [X: T5]
+SUPERVISED = 0.7                         # share of the steps that learn from questions in place of gaps
+TOKENS = 4096                            # source tokens of a step
+PEAK, WARMUP, DECAY = 2e-2, 200, 0.3     # learning rate, of a weight's size; its rise in steps; the last share of the steps, in which it falls to 0
+HELD_OUT = 400                           # paragraphs that are never trained on
+
+
+def corrupt(ids, rng, first_sentinel):
+    """T5's span corruption: ids -> source (gaps replaced by sentinels), target (sentinels, each with its gap's ids)."""
+    noise = max(1, round(len(ids) * NOISE))
+    gaps = max(1, round(noise / SPAN))
+    cut = lambda total, parts: np.diff([0, *sorted(rng.choice(np.arange(1, total), parts - 1, replace=False)), total])    # noqa: E731
+    source, target, place = [], [], 0
+    for i, (keep, drop) in enumerate(zip(cut(len(ids) - noise, gaps), cut(noise, gaps))):
+        source += [*ids[place:place + keep], first_sentinel - i]
+        target += [first_sentinel - i, *ids[place + keep:place + keep + drop]]
+        place += keep + drop
+    return source + [1], target + [1]
+
+
+class Questions:
+    """Supervised text-to-text examples: WordNet's facts, what differs between two texts, numbers, who did what. None of the sample's
+    tasks is among them, nor a sentence of their templates; the words of the sample's lists are."""
+
+    def __init__(self, work, paragraphs):
+        facts = data.read_json(work / "wordnet.json")
+        self.kinds, self.synonyms, self.opposites = facts["kinds"], facts["synonyms"], facts["opposites"]
+        self.common = [[w, kin(w)] for w in NOUNS if kin(w)]
+        self.sentences = [s for p in paragraphs for s in re.findall(r'[A-Z"]?[^.;:"()]{20,90}(?=[.;"])', p) if 4 <= len(s.split()) <= 14]
+
+    def one(self, rng):
+        return rng.choices([self.pair, self.mood, self.kind, self.word, self.difference, self.number, self.reading], [9, 2, 2, 1, 1, 1, 3])[0](rng)
+
+    def kind(self, rng):
+        word, above = rng.choice(self.kinds if rng.random() < 0.5 else self.common)
+        how = rng.random()
+        if how < 0.3:
+            return f"what is a {word} ?", f"a kind of {above[0]}"
+        if how < 0.6:
+            return f"which is the wider word : {' or '.join(rng.sample([word, other := rng.choice(above)], 2))} ?", other
+        words = [word, rng.choice(rng.choice(self.kinds if rng.random() < 0.5 else self.common)[1]) if rng.random() < 0.5 else rng.choice(above)]
+        return f"is every {words[0]} a {words[1]} ?", "yes" if words[1] in above else "no"
+
+    def word(self, rng):
+        if rng.random() < 0.4:
+            a, b = rng.sample(rng.choice(self.synonyms if rng.random() < 0.5 else SYNONYMS), 2)
+            return f"another word for {a}", b
+        a, b = rng.sample(rng.choice(self.opposites if rng.random() < 0.5 else ANTONYMS), 2)
+        return f"the opposite of {a}", b
+
+    def difference(self, rng):
+        """What was done to a text: words left out, put in, changed, two of them swapped."""
+        words = (state(statement(rng)) if rng.random() < 0.6 else rng.choice(self.sentences)).split()
+        other, how, i = list(words), rng.choice(["left out", "put in", "changed", "swapped", "nothing"]), rng.randrange(len(words))
+        if how == "left out":
+            answer = f"left out : {other.pop(i)}"
+        elif how == "put in":
+            other.insert(i, new := rng.choice(rng.choice(self.sentences).split()))
+            answer = f"put in : {new}"
+        elif how == "changed":
+            relation = rng.choice(["same meaning", "opposite", "wider", "narrower"])
+            if relation in ("wider", "narrower"):
+                a, b = (w := rng.choice(self.kinds if rng.random() < 0.5 else self.common))[0], rng.choice(w[1])
+                a, b = (a, b) if relation == "wider" else (b, a)
+            else:
+                lists = (self.synonyms, SYNONYMS) if relation == "same meaning" else (self.opposites, ANTONYMS)
+                a, b = rng.sample(rng.choice(lists[rng.random() < 0.5]), 2)
+            words[i], other[i] = a, b
+            answer = f"changed : {a} to {b} , {relation}"
+        elif how == "swapped" and len(set(words)) > 3:
+            j = rng.choice([j for j in range(len(words)) if words[j] != words[i]])
+            other[i], other[j] = other[j], other[i]
+            answer = f"swapped : {words[min(i, j)]} and {words[max(i, j)]}"
+        else:
+            answer = "nothing"
+        return f"first text: {' '.join(words)} second text: {' '.join(other)} what was done ?", answer
+
+    def pair(self, rng):
+        """How two short statements differ, in one of twelve words: not what follows from them."""
+        def being(rng):
+            return rng.choice(PEOPLE) if rng.random() < 0.4 else rng.choice(BEINGS)
+        f = statement(rng)
+        f.update(who=being(rng), whom=being(rng), denied=rng.random() < 0.15, where=rng.choice(["", "", rng.choice(ROOMS)]), sort=rng.choice(["", rng.choice(SORTS)]))
+        if f["who"] == f["whom"]:
+            return self.pair(rng)
+        g, how = dict(f), rng.choice(SORTS_OF_PAIRS)
+        one, two = "the", "the"
+        if how == "same":
+            g["passive"] = rng.random() < 0.5
+        elif how == "roles":
+            f["number"] = g["number"] = 0
+            g.update(who=f["whom"], whom=f["who"], passive=rng.random() < 0.5)
+        elif how in ("opposite", "alike"):
+            f["sort"], g["sort"] = rng.sample(rng.choice(SYNONYMS if how == "alike" else ANTONYMS), 2)
+        elif how in ("wider", "narrower"):
+            slot, low = rng.choice(["who", "whom"]), rng.choice([n for n in BEINGS if kin(n)])
+            f[slot], g[slot] = (low, high) if (high := rng.choice(kin(low))) and how == "wider" else (high, low)
+        elif how in ("shorter", "longer"):
+            slot = rng.choice(["sort", "where"])
+            f[slot], g[slot] = rng.choice(SORTS if slot == "sort" else ROOMS), ""
+            f, g = (f, g) if how == "shorter" else (g, f)
+        elif how == "number":
+            f["number"], g["number"] = rng.sample(range(2, 10), 2)
+        elif how == "denial":
+            g.update(denied=not f["denied"], passive=rng.random() < 0.5)
+        elif how == "another":
+            slot = rng.choice(["who", "whom"])
+            g[slot] = rng.choice([n for n in BEINGS + PEOPLE if n not in (f["who"], f["whom"]) and n not in kin(f[slot]) and f[slot] not in kin(n)])
+        if rng.random() < 0.2 and how not in ("part", "perhaps"):
+            one = two = "no"
+        if how in ("part", "perhaps"):
+            f.update(sort="", passive=False)
+            names = rng.sample([f["who"], rng.choice([n for n in BEINGS + PEOPLE if n not in (f["who"], f["whom"])])], 2)
+            g.update(f, who=names[0])
+            f["agent"] = ("the {} and the {}" if how == "part" else "either the {} or the {}").format(*rng.sample(names, 2))
+        if one == "no":
+            f.update(denied=False), g.update(denied=how == "denial")
+        texts = [state(x, article) for x, article in ((f, one), (g, two))]
+        if rng.random() < 0.7:
+            texts = [text[0].upper() + text[1:] + "." for text in texts]
+        one, two = rng.choice([("one :", "two :"), ("text1:", "text2:"), ("a :", "b :"), ("first:", "second:"), ("", ""), ("line 1:", "line 2:"), ("said:", "then:")])
+        pair = " ".join(f"{one} {texts[0]} {two} {texts[1]}".split())
+        if rng.random() < 0.3:                                               # one sort against all others
+            asked = how if rng.random() < 0.5 else rng.choice(SORTS_OF_PAIRS)
+            return rng.choice([f"{asked} ? {pair}", f"{pair} {asked} ?", f"is it {asked} {pair}"]), "yes" if asked == how else "no"
+        return rng.choice([f"{pair} how do they differ ?", f"differ {pair}", f"how do they differ ? {pair}", pair, f"pair {pair}"]), how
+
+    def mood(self, rng):
+        """Of what sort somebody is, where a denial says the opposite; of two, the one asked for."""
+        told, people = [], rng.sample(PEOPLE, 2)
+        for who in people[:rng.choice([1, 2, 2])]:
+            good, bad = rng.choice(SCALES) if rng.random() < 0.7 else (GOOD, BAD)
+            denied, end = rng.random() < 0.5, rng.choice([good, bad])
+            told.append((who, f"the {who} is {rng.choice(['not', 'by no means', 'never', 'far from']) + ' ' if denied else ''}{rng.choice(end)}",
+                         (bad if end is good else good) if denied else end, good, bad))
+        who, _, end, good, bad = rng.choice(told)
+        return f"{rng.choice([' and ', ' , but ', ' although ']).join(t[1] for t in told)} . is the {who} {good[0]} or {bad[0]} ?", end[0]
+
+    def number(self, rng):
+        a, b = rng.sample(range(1, 10), 2)
+        if rng.random() < 0.5:
+            return f"which is {(how := rng.choice(['more', 'less']))} : {NUMBERS[a - 1]} or {NUMBERS[b - 1]} ?", NUMBERS[(max if how == "more" else min)(a, b) - 1]
+        return f"count on from {NUMBERS[a - 1]}", " ".join(NUMBERS[a:a + 3]) or "ten"
+
+    def reading(self, rng):
+        """One to three statements in the present tense, and a question: who, whom, how many, of what sort, where, whether."""
+        facts = [statement(rng) for _ in range(rng.randrange(1, 4))]
+        f, text = rng.choice(facts), " . ".join(map(state, facts))
+        asks = [(f"who is {f['does']}ing the {f['whom']}{'s' * bool(f['number'])} ?", "nobody" if f["denied"] else agent(f)),
+                (f"whom is the {f['who']} {f['does']}ing ?", "nobody" if f["denied"] else patient(f)), ("say it in other words : " + state(f), state({**f, "passive": not f["passive"]})),
+                ("is anything denied ?", " and ".join(agent(g) for g in facts if g["denied"]) or "no")]
+        if f["number"]:
+            asks.append((f"how many {f['whom']}s ?", NUMBERS[f["number"] - 1]))
+        if f["sort"]:
+            asks.append((f"what is the {f['who']} like ?", f["sort"]))
+        if f["where"]:
+            asks.append((f"where is the {f['who']} ?", f["where"]))
+        if not f["number"] and rng.random() < 0.5:
+            who, whom = rng.choice([(f["who"], f["whom"]), (f["whom"], f["who"]), (f["who"], rng.choice(PEOPLE))])
+            asks = [(f"is the {who} {f['does']}ing the {whom} ?", "yes" if (who, whom) == (f["who"], f["whom"]) and not f["denied"] else "no")]
+        ask, answer = rng.choice(asks)
+        return (f"{text} . question: {ask}" if not ask.startswith("say") else ask), answer
+
+
+def statement(rng):
+    who, whom = rng.sample(PEOPLE, 2)
+    return dict(who=who, whom=whom, does=rng.choice(DOES), number=rng.choice([0, 0, *range(2, 10)]), sort=rng.choice(["", rng.choice(SORTS)]),
+                where=rng.choice(["", rng.choice(ROOMS)]), passive=rng.random() < 0.4, denied=rng.random() < 0.2)
+
+
+def patient(f):
+    return f"{NUMBERS[f['number'] - 1]} {f['whom']}s" if f["number"] else f"the {f['whom']}"
+
+
+def agent(f, article="the"):
+    return f.get("agent") or " ".join(f"{article} {f['sort']} {f['who']}".split())
+
+
+def state(f, article="the"):
+    deny = "not " * f["denied"]
+    if f["passive"]:
+        return f"{patient(f)} {'are' if f['number'] else 'is'} {deny}being {f['does']}ed by {agent(f, article)} {f['where']}".strip()
+    return f"{agent(f, article)} is {deny}{f['does']}ing {patient(f)} {f['where']}".strip()
+
+
+SORTS_OF_PAIRS = "same roles opposite alike wider narrower shorter longer number denial part perhaps another".split()
+BEINGS = [n for n in NOUNS if top(n) in ("person", "animal")]
+PEOPLE = "farmer teacher boy girl king queen nurse driver baker sailor soldier lawyer student judge guest neighbor waiter cook hunter stranger".split()
+DOES = "help watch follow push touch greet warn call visit answer thank paint cover join pull fear kick".split()
+SORTS = "old young tall short big small happy sad brave clever quiet loud rich poor slow quick angry calm red blue green white black".split()
+ROOMS = ["in the kitchen", "at the school", "in the hall", "near the wall", "on the stairs", "by the door", "in the street", "at the table", "in the field"]
+
+
+def encode_text(work, tokenizer):
+    """-> all text as one row of ids, each paragraph with an end, and the held-out paragraphs."""
+    paragraphs = (work / "text.txt").read_text().splitlines()
+    cache = work / f"ids-{data.digest(HERE / 'mini-t5/spiece.model')[:8]}.npy"
+    if not cache.exists():
+        np.save(cache, np.fromiter((i for p in paragraphs[HELD_OUT:] for i in tokenizer.encode(p)), dtype=np.uint16))
+    return np.load(cache, allow_pickle=False), paragraphs
+
+
+def pretraining_batch(step, ids, questions, tokenizer, seed):
+    """A function of seed and step alone -> source [B, S], target [B, T]: gaps in text, or questions."""
+    rng, pick = np.random.default_rng([seed, step]), random.Random(f"{seed} {step}")
+    if rng.random() >= SUPERVISED:
+        pairs = [corrupt(ids[s:s + WINDOW].tolist(), rng, tokenizer.first_sentinel) for s in rng.integers(0, len(ids) - WINDOW, TOKENS // WINDOW)]
+    else:
+        pairs = []
+        while sum(len(s) for s, _ in pairs) < TOKENS:
+            pairs.append(tuple(map(tokenizer.encode, questions.one(pick))))
+    return tuple(torch.from_numpy(data.pad([np.array(x) for x in side], fill)) for side, fill in zip(zip(*pairs), (0, -100)))
+
+
+@torch.no_grad()
+def initial(model):
+    """T5's own initialisation: a matrix's deviation is its input width^-0.5, a query's (width * d_kv)^-0.5, the embedding's 1. [X: T5]"""
+    c = model.config
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            continue
+        p.normal_(0, 1.0 if name == "shared.weight" else (c.d_model * c.d_kv) ** -0.5 if name.endswith(".q.weight")
+                  else p.shape[1] ** -0.5 if p.dim() == 2 and "relative" not in name else c.d_model ** -0.5)
+
+
+def pretrain(args):
+    """Train the small T5 from nothing. DIR/state.safetensors is saved every 5 minutes, sample/mini-t5 at the end."""
+    work, out = Path(args.work), HERE / "mini-t5"
+    tokenizer = Tokenizer(out / "spiece.model")
+    ids, paragraphs = encode_text(work, tokenizer)
+    questions = Questions(work, paragraphs[HELD_OUT:])
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = T5(CONFIG).to(device)
+    initial(model)
+    model.dtype = torch.bfloat16
+    # A step is a share of what it changes, as T5's Adafactor saw to it [X: nanoT5, Adam so scaled]. Queries and position biases start so small
+    # that they would hardly move: the attention then never learns which of two texts comes first.
+    groups = [dict(params=[p], scale=CONFIG.d_model ** -0.5 if name.endswith(".q.weight") else 0.5 if "relative" in name
+                   else float(p.detach().square().mean().sqrt())) for name, p in model.named_parameters()]
+    optimiser = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    named, step, state = dict(model.named_parameters()), 0, work / "state.safetensors"
+
+    def tensors():
+        return {f"{part}.{n}": t for n, p in named.items() for part, t in (("model", p.data), ("m", optimiser.state[p]["exp_avg"]), ("v", optimiser.state[p]["exp_avg_sq"]))}
+
+    def save():
+        save_file(tensors(), work / "state.tmp", {"step": str(step)})
+        (work / "state.tmp").replace(state)
+
+    for p in model.parameters():
+        optimiser.state[p].update(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    if state.exists():
+        with safe_open(state, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            for name, tensor in tensors().items():
+                tensor.copy_(file.get_tensor(name))
+            for p in model.parameters():
+                optimiser.state[p]["step"].fill_(step)
+        print(f"goes on at step {step}")
+    stop, saved, sums = data.catch_signals(), time.time(), [[], []]
+    log = open(work / "log.jsonl", "a", buffering=1)
+    model.eval()                                                             # no dropout in pretraining [X: T5 v1.1]
+    with tqdm(total=args.steps, initial=step, disable=None) as bar:
+        while step < args.steps and not stop:
+            source, target = (t.to(device) for t in pretraining_batch(step, ids, questions, tokenizer, args.seed))
+            for group in optimiser.param_groups:
+                group["lr"] = PEAK * group["scale"] * min((step + 1) / WARMUP, 1, (args.steps - step) / (args.steps * DECAY))
+            _, loss = model(source, source != 0, target)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            step += 1
+            sums[int((source >= tokenizer.first_sentinel - 99).any())].append(loss.item())
+            bar.update()
+            if step % 50 == 0:
+                row = dict(step=step, gaps=round(float(np.mean(sums[1] or [0])), 4), questions=round(float(np.mean(sums[0] or [0])), 4), time=round(time.time()))
+                log.write(json.dumps(row) + "\n")
+                bar.set_postfix_str(f"loss in gaps {row['gaps']}, questions {row['questions']}")
+                sums = [[], []]
+            if time.time() - saved > 300:
+                save()
+                saved = time.time()
+    save()
+    export(model, out)
+    print(f"step {step} of {args.steps}: sample/mini-t5 written" + ("" if step == args.steps else "; the same command goes on"))
+
+
+def export(model, out):
+    names = {public_name(n): p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
+    save_file(names, out / "model.safetensors", {"format": "pt"})
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True, "decoder_start_token_id": 0, **vars(CONFIG)}
+    data.write_whole(out / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+
+
+def fill(args):
+    """Print held-out sentences with gaps and what the model puts there; the loss on held-out text."""
+    tokenizer, model = Tokenizer(HERE / "mini-t5/spiece.model"), T5.from_pretrained(HERE / "mini-t5").eval()
+    rng, texts = np.random.default_rng(args.seed), (Path(args.work) / "text.txt").read_text().splitlines()[:HELD_OUT]
+    losses = []
+    for i, text in enumerate(texts):
+        ids = tokenizer.encode(text)[:WINDOW]
+        if len(ids) < 24:
+            continue
+        source, target = corrupt(ids, rng, tokenizer.first_sentinel)
+        with torch.no_grad():
+            losses.append(float(model(torch.tensor([source]), None, torch.tensor([target]))[1]))
+        if len(losses) <= 8:
+            answer = model.generate(torch.tensor([source]), max_new_tokens=40)[0].tolist()
+            print(f"{tokenizer.decode(source)}\n  truth: {tokenizer.decode(target)}\n  model: {tokenizer.decode(answer)}\n")
+    print(f"mean loss in the gaps of {len(losses)} held-out paragraphs: {np.mean(losses):.3f}")
+    questions, pick = Questions(Path(args.work), texts), random.Random(args.seed)
+    for name in ("kind", "word", "difference", "number", "reading"):
+        right = []
+        for _ in range(100):
+            source, target = getattr(questions, name)(pick)
+            answer = tokenizer.decode(model.generate(torch.tensor([tokenizer.encode(source)]), max_new_tokens=24)[0].tolist())
+            right.append(answer == target)
+        print(f"questions of the sort {name!r}: {np.mean(right):.2f} answered exactly; the last: {source!r} -> {answer!r}, expected {target!r}")
+
+# ------------------------------------------------------------------------------------------------- scenes, questions, small CLIP
+SCENES, SIDE, QUESTIONS = 20230710, 56, 7
+IMAGES = {"train2014": range(700), "val2014": range(700, 800)}               # image ids
+SHAPES, SIZES = ("circle", "square", "triangle", "cross"), ("small", "large")
+PAINTS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 80, 215), "yellow": (235, 215, 40), "purple": (140, 50, 170),
+           "orange": (245, 140, 30)}
+GAP, MARGIN = 17, 9             # least distance of two centres, across or down; of which on an unclear side nothing is said
+
+
+# A scene holds 1 to 4 coloured shapes that do not touch, drawn on 56 x 56 pixels; the questions lie in VQAv2's file format. Image k of
+# the sample is scene [SCENES, k]; the encoder trains on scenes [SCENES + 1, ...] and is tried on [SCENES + 2, ...]: it has seen none of the sample's.
+
+class Thing(NamedTuple):
+    size: str
+    color: str
+    shape: str
+    x: int          # of its centre, in pixels from the left
+    y: int          # from the top
+
+
+def pick(rng, values):
+    return values[rng.integers(len(values))]
+
+
+def make_scene(rng):
+    """-> 1 to 4 Things, no two of them less than GAP apart."""
+    count, places = pick(rng, (1, 2, 2, 3, 3, 3, 4, 4, 4)), []
+    while len(places) < count:
+        places = []
+        for x, y in rng.integers(9, SIDE - 9, (30, 2)).tolist():
+            if len(places) < count and all(max(abs(x - a), abs(y - b)) >= GAP for a, b in places):
+                places.append((x, y))
+    shapes = rng.permutation(SHAPES)[:1 + rng.integers(4)].tolist()          # few kinds in a scene: something to count
+    colors = rng.permutation(list(PAINTS))[:2 + rng.integers(5)].tolist()
+    return [Thing(pick(rng, SIZES), pick(rng, colors), pick(rng, shapes), x, y) for x, y in places]
+
+
+@lru_cache(None)
+def stamp(shape, radius):
+    """-> float [19, 19, 1]: the share of each pixel that the shape covers, told by 4 x 4 points of it."""
+    line = (np.arange(19 * 4) + 0.5) / 4 - 9.5
+    x, y, r = line[None], line[:, None], radius
+    far, near = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+    inside = {"circle": x * x + y * y < r * r, "square": far < 0.88 * r, "cross": (far < r) & (near < 0.34 * r),
+              "triangle": (y < 0.8 * r) & (abs(x) < 0.55 * (y + r))}[shape]
+    return inside.reshape(19, 4, 19, 4, 1).mean((1, 3))
+
+
+def draw_scene(things, rng):
+    """Things -> uint8 [56, 56, 3]. Shades, radii and noise are drawn anew."""
+    image = np.full((SIDE, SIDE, 3), 225.0) + rng.integers(0, 16, 3)
+    for thing in things:
+        radius = (4.5, 5.0, 5.5)[rng.integers(3)] + (2.5 if thing.size == "large" else 0)
+        area = image[thing.y - 9:thing.y + 10, thing.x - 9:thing.x + 10]     # [19, 19, 3]
+        area += stamp(thing.shape, radius) * (np.array(PAINTS[thing.color]) + rng.integers(-12, 13, 3) - area)
+    return (image + rng.integers(-5, 6, image.shape)).round().clip(0, 255).astype(np.uint8)
+
+
+def sample_scene(k):
+    """-> Things and pixels of image k of the sample."""
+    rng = np.random.default_rng([SCENES, k])
+    things = make_scene(rng)
+    return things, draw_scene(things, rng)
+
+
+# ------------------------------------------------------------------------------------------------------- questions
+
+def names_of(things, i, without=""):
+    """The descriptions that fit thing i and no other, each without one attribute: "red circle", "small thing", ..."""
+    found = []
+    for keys in (("color", "shape"), ("color",), ("shape",), ("size", "shape"), ("size", "color"), ("size",)):
+        if without not in keys and [all(getattr(t, key) == getattr(things[i], key) for key in keys) for t in things].count(True) == 1:
+            found.append(" ".join([*(getattr(things[i], key) for key in keys), *([] if "shape" in keys else ["thing"])]))
+    return found
+
+
+def ask(things):
+    """Things -> {kind of question: [(question type, question, answer)]}: all that can be asked without doubt about the answer."""
+    asked = {kind: [] for kind in ("shape", "color", "size", "count", "exist", "across", "down")}
+    for i, thing in enumerate(things):
+        for kind in ("shape", "color", "size"):
+            asked[kind] += [(f"what {kind} is the", f"what {kind} is the {name}?", getattr(thing, kind)) for name in names_of(things, i, kind)]
+    for what, key in [("things", ""), *((f"{s}s" if s != "cross" else "crosses", s) for s in SHAPES), *((f"{c} things", c) for c in PAINTS)]:
+        asked["count"].append(("how many", f"how many {what} are there?", str(sum(not key or key in thing for thing in things))))
+    for color, shape in itertools.product(PAINTS, SHAPES):
+        asked["exist"].append(("is there a", f"is there a {color} {shape}?", "yes" if any((t.color, t.shape) == (color, shape) for t in things) else "no"))
+    for (i, one), (j, two) in itertools.permutations(enumerate(things), 2):
+        for kind, d, words in (("across", one.x - two.x, ("left of", "right of")), ("down", one.y - two.y, ("above", "below"))):
+            if abs(d) >= MARGIN:
+                asked[kind] += [("is the", f"is the {a} {word} the {b}?", "yes" if (d < 0) == (word == words[0]) else "no")
+                                for a in names_of(things, i)[:1] for b in names_of(things, j)[:1] for word in words]
+    return asked
+
+
+def choose(asked, used, rng):
+    """-> QUESTIONS of them, one of each kind as far as there are, so that all answers of a question, and of its type, become equally frequent."""
+    chosen, kinds = [], [kind for kind in asked if asked[kind]]
+    while len(chosen) < QUESTIONS:
+        kind = kinds[len(chosen)] if len(chosen) < len(kinds) else pick(rng, [k for k in ("shape", "color", "count", "exist") if k in kinds])
+        options = [one for one in asked[kind] if one not in chosen]
+        if not options:
+            continue
+        _, best = min(((used[one[1:]], used[kind, one[2]], rng.random()), one) for one in options)
+        used.update([best[1:], (kind, best[2])])
+        chosen.append(best)
+    return chosen
+
+
+def prior(train, validation):
+    """Accuracy on validation of the most frequent training answer to the same question, else to its type. Rows: (type, question, answer)."""
+    seen = {}
+    for kind, question, answer in train:
+        for key in (question, (kind,)):
+            seen.setdefault(key, Counter())[answer] += 1
+    return np.mean([max(seen.get(q, seen[kind,]).items(), key=lambda pair: (pair[1], pair[0]))[0] == a for kind, q, a in validation])
+
+
+def scenes(args):
+    rows = {}
+    info = {"description": "Questions about drawn shapes, in VQAv2's file format", "version": "1", "year": 2023}
+    for subset, ids in IMAGES.items():
+        images, rows[subset], questions, annotations, used = [], [], [], [], Counter()
+        for k in ids:
+            things, pixels = sample_scene(k)
+            images.append(pixels)
+            for n, row in enumerate(choose(ask(things), used, np.random.default_rng([SCENES, k, 1]))):
+                kind, question, answer = row
+                rows[subset].append(row)
+                questions.append({"image_id": k, "question": question, "question_id": 1000 * k + n})
+                annotations.append({"question_type": kind, "multiple_choice_answer": answer,
+                                    "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)], "image_id": k,
+                                    "answer_type": "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other",
+                                    "question_id": questions[-1]["question_id"]})
+        folder, common = HERE / "vqa", {"info": info, "data_type": "mscoco", "license": {"name": "as the project", "url": ""}, "data_subtype": subset}
+        for path in (folder, HERE / "vqa" / "images"):
+            path.mkdir(parents=True, exist_ok=True)
+        np.save(HERE / "vqa" / "images" / f"{subset}.npy", np.stack(images))
+        for path, content in ((HERE / "vqa" / "images" / f"{subset}.json", list(ids)),
+                              (folder / f"v2_OpenEnded_mscoco_{subset}_questions.json", {**common, "task_type": "Open-Ended", "questions": questions}),
+                              (folder / f"v2_mscoco_{subset}_annotations.json", {**common, "annotations": annotations})):
+            data.write_whole(path, json.dumps(content, separators=(",", ":")).encode() + b"\n")
+        print(f"{subset}: {len(ids)} images, {len(questions):,} questions")
+    kinds = Counter(kind for kind, _, _ in rows["val2014"])
+    for kind in sorted(kinds):
+        part = prior(rows["train2014"], [row for row in rows["val2014"] if row[0] == kind])
+        print(f"  {kind:20} {kinds[kind]:4} validation questions, {part:.3f} of them answered by the question alone")
+    print(f"question alone: {prior(rows['train2014'], rows['val2014']):.4f}")
+
+
+# -------------------------------------------------------------------------------------------------------- captions
+
+def where(thing):
+    return f"{('top', 'middle', 'bottom')[(thing.y >= 21) + (thing.y >= 35)]} {('left', 'center', 'right')[(thing.x >= 21) + (thing.x >= 35)]}"
+
+
+def relate(one, two, across):
+    """-> "left of a blue square", as `one` stands to `two`: across or, if it is not clear that way, down; and the other way round."""
+    dx, dy = one.x - two.x, one.y - two.y
+    across = abs(dx) >= MARGIN if across else abs(dy) < MARGIN
+    return f"{(('left of', 'right of')[dx > 0] if across else ('above', 'below')[dy > 0])} a {two.color} {two.shape}"
+
+
+def phrase(things, i, rng):
+    """One thing in words, half the time with a relation to another one."""
+    thing, text = things[i], f"a {things[i].size} {things[i].color} {things[i].shape} {where(things[i])}"
+    if len(things) > 1 and rng.random() < 0.5:
+        text += " " + relate(thing, things[(i + 1 + rng.integers(len(things) - 1)) % len(things)], rng.random() < 0.5)
+    return text
+
+
+def caption(things, rng):
+    """The scene in words: its things, their number, or how they stand to each other."""
+    things, kind = [things[i] for i in rng.permutation(len(things))], rng.random()
+    if kind < 0.2 or len(things) == 1 and kind >= 0.7:
+        key = pick(rng, ("shape", "color"))
+        counts = Counter(getattr(thing, key) for thing in things)
+        return f"{len(things)} things " + " and ".join(f"{n} {value}" for value, n in sorted(counts.items()))
+    if kind < 0.7:
+        say = pick(rng, (lambda t: f"{t.size} {t.color} {t.shape} {where(t)}", lambda t: f"{t.size} {t.color} {t.shape}",
+                         lambda t: f"{t.color} {t.shape} {where(t)}", lambda t: f"{t.color} {t.shape}"))
+        return " and ".join(f"a {say(thing)}" for thing in things)
+    links = [relate(one, two, rng.random() < 0.5) for one, two in zip(things, things[1:])]
+    return f"a {things[0].color} {things[0].shape} " + " and ".join(links)
+
+
+def twin(things, rng):
+    """The scene with a single difference: mirrored, one attribute or the places of two things exchanged, or one attribute another one."""
+    change, new = rng.integers(4), list(things)
+    i, j = rng.permutation(max(2, len(things)))[:2] % len(things)
+    keys = {1: [pick(rng, ("size", "color", "shape"))], 2: ["x", "y"]}.get(change)
+    if change == 0:
+        return [t._replace(**({"x": SIDE - 1 - t.x} if i < j else {"y": SIDE - 1 - t.y})) for t in things]
+    if keys:
+        new[i], new[j] = (things[a]._replace(**{key: getattr(things[b], key) for key in keys}) for a, b in ((i, j), (j, i)))
+    else:
+        key, values = pick(rng, (("size", SIZES), ("color", list(PAINTS)), ("shape", SHAPES)))
+        new[i] = things[i]._replace(**{key: pick(rng, [v for v in values if v != getattr(things[i], key)])})
+    return new
+
+
+def encode(texts):
+    """-> int64 [texts, T]: 1, the words, zeros."""
+    rows = [[1] + [WORDS[word] for word in text.split()] for text in texts]
+    return torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+def make_batch(seed, pairs):
+    """-> pixels [2*pairs, 3, 56, 56], captions [2*pairs, T], phrases [P, T], one for each thing, and places [P] of the things' cells among all [2*pairs*N].
+    Image 2i+1 is the twin of image 2i, and their captions, made alike, differ."""
+    pixels, captions, phrases, places = [], [], [], []
+    for pair in range(pairs):
+        rng = np.random.default_rng([*seed, pair])
+        things = make_scene(rng)
+        for attempt in range(9):
+            words, other = int(rng.integers(2**31)), twin(things, rng)
+            texts = [caption(one, np.random.default_rng(words)) for one in (things, other)]
+            if texts[0] != texts[1]:
+                break
+        for one, text in zip((things, other), texts):
+            for i in rng.permutation(len(one)):
+                phrases.append(phrase(one, i, rng))
+                places.append(len(pixels) * 49 + one[i].y // 8 * 7 + one[i].x // 8)
+            pixels.append(draw_scene(one, rng))
+            captions.append(text)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), encode(captions), encode(phrases), torch.tensor(places)
+
+
+# ------------------------------------------------------------------------------------------------------------ CLIP
+
+WORDS = {word: i for i, word in enumerate(["<pad>", "<start>", *"a and things left right of above below top middle bottom center 1 2 3 4".split(), *SIZES, *PAINTS, *SHAPES])}
+PAIRS, LEARNING_RATE = 64, 2e-3                                            # images of a step, each with its twin
+VISION = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=8, hidden_act="quick_gelu",
+              layer_norm_eps=1e-5, projection_dim=96)
+
+
+class Text(nn.Module):
+    """Two transformer layers; a text's vector is that of the sign (1) that it begins with."""
+
+    def __init__(self, width=96, longest=48):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(len(WORDS), width), nn.Parameter(torch.randn(longest, width) * 0.02)
+        self.layers = nn.Sequential(*(clip_features.Layer(width, 4 * width, 4, "quick_gelu", 1e-5) for _ in range(2)))
+        self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.words.weight, std=0.02)
+
+    def forward(self, ids):                                                  # [B, T]
+        return self.project(self.norm(self.layers(self.words(ids) + self.positions[:ids.size(1)])[:, 0]))     # [B, V]
+
+
+class Clip(nn.Module):
+    """CLIP, and beside its image vector (of the class token) two more that only train: of the cells' mean, and of a single cell."""
+
+    def __init__(self):
+        super().__init__()
+        width = VISION["hidden_size"]
+        self.vision = clip_features.VisionTransformer(width, 8, SIDE // 8, VISION["num_hidden_layers"], VISION["intermediate_size"],
+                                                      VISION["num_attention_heads"], VISION["hidden_act"], VISION["layer_norm_eps"])
+        nn.init.normal_(self.vision.class_token, std=width**-0.5)
+        nn.init.normal_(self.vision.positions, std=0.02)
+        self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
+        self.mean, self.cell = (nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False)) for _ in range(2))
+        self.text, self.scale = Text(), nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 3))
+
+    def forward(self, pixels, captions, phrases, places):
+        """-> three matrices of similarities: image and caption [B, B], mean of the cells and caption [B, B], cell and phrase [P, P]."""
+        x = self.vision.tokens(clip_features.normalise(pixels))              # [B, 1+N, V]
+        cells, captions, phrases = x[:, 1:].flatten(0, 1)[places], self.text(captions), self.text(phrases)
+        return [scale.exp().clamp(max=100) * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T for scale, image, text in zip(
+            self.scale, (self.project(self.norm(x[:, 0])), self.mean(x[:, 1:].mean(1)), self.cell(cells)), (captions, captions, phrases))]
+
+
+def clip_loss(similar):
+    """Every image is to find its text among all of the batch, and every text its image."""
+    right = torch.arange(len(similar))
+    return (F.cross_entropy(similar, right) + F.cross_entropy(similar.T, right)) / 2
+
+
+@torch.no_grad()
+def retrieval(model, batches=8, pairs=64):
+    """On scenes never trained on -> for each of the three: text found among all 128, own text preferred to the twin's. Of each image one phrase."""
+    found = np.zeros((3, 2))
+    for batch in range(batches):
+        pixels, captions, phrases, places = make_batch([SCENES + 2, batch], pairs)
+        first = torch.searchsorted(places // 49, torch.arange(2 * pairs))
+        for i, similar in enumerate(model(pixels, captions, phrases[first], places[first])):
+            own, other = similar.diagonal(), similar[torch.arange(2 * pairs), torch.arange(2 * pairs) ^ 1]
+            found[i] += [(similar.argmax(1) == torch.arange(2 * pairs)).float().mean().item(), (own > other).float().mean().item()]
+    return found / batches
+
+
+def save_clip(model, folder):
+    """config.json and model.safetensors in float16, in the public names of CLIPVisionModelWithProjection."""
+    tensors = {clip_features.public_name(clip_features.VisionTransformer, name): tensor for name, tensor in model.vision.state_dict().items()}
+    tensors |= {f"vision_model.post_layernorm.{name}": tensor for name, tensor in model.norm.state_dict().items()}
+    tensors["visual_projection.weight"] = model.project.weight
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().half().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", "num_channels": 3, **VISION}
+    data.write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+
+
+def clip(args):
+    torch.manual_seed(SCENES)
+    model, began, total = Clip(), time.monotonic(), 0.0
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.98))
+    for step in tqdm(range(args.steps), disable=None):
+        optimiser.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+        losses = [clip_loss(one) for one in model(*make_batch([SCENES + 1, step], PAIRS))]
+        optimiser.zero_grad()
+        sum(losses).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        total += np.array([loss.item() for loss in losses])
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            print(f"step {step + 1}, {time.monotonic() - began:.0f} s, loss of image, mean, cell: {(total / (step % 200 + 1)).round(3)}, found, preferred to"
+                  f" the twin's: {retrieval(model).round(3).tolist()}", flush=True)
+            total = 0.0
+            save_clip(model, HERE / "mini-clip")
+
+
+def features(args):
+    """By clip_features.py, as the README shows it for images of one's own."""
+    for subset in IMAGES:
+        out = HERE / "vqa" / "features" / f"{subset}.npy"
+        for path in (out, out.with_suffix(".json")):
+            path.unlink(missing_ok=True)
+        sys.argv[1:] = ["--model", str(HERE / "mini-clip"), "--images", str(HERE / "vqa" / "images" / f"{subset}.npy"), "--out", str(out)]
+        clip_features.main()
+
+def files(args):
+    """Print the table of sample/README.md: every data file with its size and the start of its sha256."""
+    paths = sorted(p for p in HERE.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name not in ("README.md", "make.py"))
+    for path in paths:
+        print(f"| `{path.relative_to(HERE).as_posix()}` | {path.stat().st_size:,} | {data.digest(path)[:16]} |")
+    print(f"| together | {sum(p.stat().st_size for p in paths):,} | |")
+
+def main():
+    parser = data.Parser(description=__doc__.split("\n")[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    for part in (glue, text, vocab, pretrain, fill, scenes, clip, features, files):
+        sub = parts.add_parser(part.__name__)
+        sub.set_defaults(part=part)
+        if part in (glue, text, vocab, pretrain, fill):
+            sub.add_argument("--seed", type=int, default=0)
+        if part in (text, vocab, pretrain, fill):
+            sub.add_argument("--work", default="work", help="folder for texts and the state of pretraining (default: work)")
+        if part in (pretrain, clip):
+            steps = 4700 if part is pretrain else 2800
+            sub.add_argument("--steps", type=int, default=steps, help=f"training steps (default: {steps})")
+    args = parser.parse_args()
+    args.part(args)
+
+
+if __name__ == "__main__":
+    data.run(main)
