@@ -677,7 +677,7 @@ def pretrain(args):
     initial(model)
     model.dtype = torch.bfloat16
     # A step is a share of what it changes, as T5's Adafactor saw to it [X: nanoT5, Adam so scaled]. Queries and position biases start so small
-    # that they would hardly move: the attention then never learns which of two texts comes first.
+    # that they would hardly move.
     groups = [dict(params=[p], scale=CONFIG.d_model ** -0.5 if name.endswith(".q.weight") else 0.5 if "relative" in name
                    else float(p.detach().square().mean().sqrt())) for name, p in model.named_parameters()]
     optimiser = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0, fused=True)

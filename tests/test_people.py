@@ -179,7 +179,7 @@ def test_which_data(first, sample, glue, monkeypatch, tmp_path):
         with pytest.raises(data.UserError, match=message):
             settings(*arguments)
     monkeypatch.setattr(train_module, "SAMPLE", tmp_path / "sample")
-    with pytest.raises(data.UserError, match="mini-t5: no such folder, expected the bundled T5"):
+    with pytest.raises(data.UserError, match="mini-t5: no such folder, expected a small T5"):
         settings()
 
 
