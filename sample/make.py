@@ -184,8 +184,7 @@ def by_conjunction(rng, entailed):
             return by_conjunction(rng, entailed)
         whole = " and ".join(rng.sample([say(rng, f), say(rng, g)], 2))
         one, two = rng.sample([f, g], 2)
-        return whole, say(rng, one if entailed or being(two["object"]) != being(one["object"]) and top(one["subject"]) == "animal"
-                          else {**two, "subject": one["subject"], "subject_adjective": one["subject_adjective"]})
+        return whole, say(rng, one if entailed else {**two, "subject": one["subject"], "subject_adjective": one["subject_adjective"]})
     f = {**f, "articles": ["the", "the"]}
     how, either = rng.choice(["one", "one", "both", "or"]), "either {} or {}"
     if how == "one":
@@ -387,7 +386,7 @@ def wordnet(folder):
         word = key.split("%")[0].replace("_", " ")
         met[word] = met.get(word, 0) + int(count)
     plain = re.compile("[a-z]+( [a-z]+)?$")
-    kinds, synonyms, opposites, done = [], [], [], set()
+    kinds, synonyms, opposites = [], [], []
     index = {}                                                               # a noun -> its first, most frequent sense
     for line in (folder / "index.noun").read_text().splitlines():
         parts = line.split()
