@@ -138,66 +138,44 @@ def modifiers(rng, f, count):
 
 
 def by_kind(rng, entailed):
-    """A wider word against a narrower or an unrelated one; after "no" the other way round: "no bird" tells of every robin."""
+    """A wider word for a narrower one, against a narrower word for a wider one or a word of another branch."""
     slot = rng.choice(["subject", "object"])
     word = rng.choice([n for n in NOUNS if below(n) and (slot == "object" or being(n) == "being")])
     unrelated = [n for n in NOUNS if n != word and n not in kin(word) and word not in kin(n) and being(n) == being(word) and (word in KINDS or top(n) == top(word))]
-    denied = slot == "subject" and rng.random() < 0.4
-    if entailed or denied:
-        source = rng.choice(below(word))
-    else:
-        source = rng.choice(rng.choice([kin(word), unrelated]) or unrelated)
+    source = rng.choice(below(word) if entailed else rng.choice([kin(word), unrelated]) or unrelated)
     f = modifiers(rng, fact(rng, **{slot: source}), rng.randrange(3))
-    if denied:                                                               # the adjective would change what the noun stands for
-        f, pair = {**f, "subject_adjective": ""}, [f"no {word}", f"no {source}"] if entailed else [f"no {source}", f"no {word}"]
-        return tuple(say(rng, {**f, "subject_text": text}) for text in pair)
     # "the dog" of a premise may be spoken of as "an animal", whatever the article was
     return say(rng, f), say(rng, {**f, slot: word, "articles": [("a" if slot == s else a) for s, a in zip(("subject", "object"), f["articles"])]})
 
 
 def by_modifier(rng, entailed):
-    """Dropped against unsupported, or moved to the other noun; after "no" the other way round."""
+    """Dropped, against added, moved to the other noun, or exchanged for another one."""
     slots = ["subject_adjective", "object_adjective", "where"]
     bare = fact(rng)
     some, full = modifiers(rng, bare, rng.randrange(1, 3)), modifiers(rng, bare, 3)
     filled, free = [s for s in slots if some[s]], rng.choice([s for s in slots if not some[s]])
     more = {**some, free: full[free]}
-    if rng.random() < 0.5:                                                   # "no dog barked": "no old dog barked" as well
-        texts = [say(rng, {**f, "subject_text": " ".join(f"no {f['subject_adjective']} {f['subject']}".split())}) for f in (some, more)]
-        return tuple(texts if entailed else texts[::-1])
     if entailed:
         return say(rng, more), say(rng, some)
-    if filled != ["where"] and rng.random() < 0.6:                           # the same words, the adjective at the other noun
+    if filled != ["where"] and rng.random() < 0.5:                           # the same words, the adjective at the other noun
         return say(rng, {**some, "subject_adjective": some["object_adjective"], "object_adjective": some["subject_adjective"]}), say(rng, some)
     return say(rng, {**more, rng.choice(filled): ""}), say(rng, some)
 
 
 def by_conjunction(rng, entailed):
-    """One of two that both did it, against one of two of whom we do not know which."""
-    f = modifiers(rng, fact(rng), rng.randrange(2))
+    """One of two that both did it, against one of two of whom we do not know which, or one who did something else."""
+    f = {**modifiers(rng, fact(rng), rng.randrange(2)), "articles": ["the", "the"]}
     other = rng.choice([n for n in NOUNS if top(n) == top(f["subject"]) and n not in (f["subject"], f["object"])])
-    names = ["the " + n for n in rng.sample([f["subject"], other], 2)]
     if rng.random() < 0.5:                                                   # two clauses: each keeps its own subject
-        g = fact(rng, subject=other)
-        f, g = {**f, "articles": ["the", "the"]}, {**g, "articles": ["the", "the"]}
+        g = {**fact(rng, subject=other), "articles": ["the", "the"]}
         if g["object"] in (f["subject"], f["object"]):
             return by_conjunction(rng, entailed)
-        whole = " and ".join(rng.sample([say(rng, f), say(rng, g)], 2))
         one, two = rng.sample([f, g], 2)
-        return whole, say(rng, one if entailed else {**two, "subject": one["subject"], "subject_adjective": one["subject_adjective"]})
-    f = {**f, "articles": ["the", "the"]}
-    how, either = rng.choice(["one", "one", "both", "or"]), "either {} or {}"
-    if how == "one":
-        premise, denied = rng.choice([("{} and {}", False), ("neither {} nor {}", True)] if entailed else
-                                     [("{} and {}", True), ("neither {} nor {}", False), (either, True), (either, False)])
-        hypothesis = say(rng, {**f, "subject_text": rng.choice(names)}, negated=denied)
-    elif how == "both":
-        premise = "{} and {}" if entailed else rng.choice([either, "neither {} nor {}"])
-        hypothesis = say(rng, {**f, "subject_text": " and ".join(reversed(names))})
-    else:                                                                    # "or" holds of "and" as well, not of "neither"
-        premise = rng.choice(["{} and {}", either, either]) if entailed else "neither {} nor {}"
-        hypothesis = say(rng, {**f, "subject_text": " or ".join(reversed(names))})
-    return say(rng, {**f, "subject_text": premise.format(*names)}), hypothesis
+        return " and ".join(say(rng, x) for x in rng.sample([f, g], 2)), say(rng, one if entailed else {**two, "subject": one["subject"], "subject_adjective": one["subject_adjective"]})
+    names = ["the " + n for n in rng.sample([f["subject"], other], 2)]
+    premise, hypothesis = rng.choice([("{} and {}", "{}"), ("{} or {}", "{1} or {0}"), ("{} and {}", "{1} and {0}")] if entailed else
+                                     [("{} or {}", "{}"), ("{} or {}", "{1} and {0}")])
+    return tuple(say(rng, {**f, "subject_text": text.format(*names)}) for text in (premise, hypothesis))
 
 
 def by_number(rng, entailed):
@@ -233,10 +211,6 @@ def by_opposite(rng, entailed):
         one, two = rng.sample(pair, 2)
         return say(rng, {**f, slot + "_adjective": one}), say(rng, {**f, slot + "_adjective": two})
     f = {**f, "articles": ["the", "the"]}
-    if rng.random() < 0.5:                                                   # "the dog, not the cat, ..."
-        other = rng.choice([n for n in NOUNS if top(n) == top(f["subject"]) and n not in (f["subject"], f["object"])])
-        who, denied = rng.choice([(f["subject"], False), (other, True)] if entailed else [(f["subject"], True), (other, False)])
-        return say(rng, {**f, "subject_text": f"the {f['subject']} , not the {other} ,"}), say(rng, {**f, "subject_text": f"the {who}"}, negated=denied)
     first = rng.random() < 0.5
     second = first if entailed else not first
     return say(rng, f, rng.random() < 0.5, negated=first), say(rng, f, rng.random() < 0.5, negated=second)
@@ -440,9 +414,9 @@ def vocab(args):
 VOCABULARY = 5000
 CONFIG = T5Config(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_heads=4, num_decoder_layers=2, vocab_size=5120)  # v1.0's form
 WINDOW, NOISE, SPAN = 128, 0.15, 3       # tokens of a piece of text, share of them removed, mean length of a gap [X: T5]
-SUPERVISED = 0.7                         # share of the steps that learn from questions in place of gaps
+SUPERVISED = 0.75                        # share of a step's tokens that are questions, not text with gaps
 TOKENS = 4096                            # source tokens of a step
-PEAK, WARMUP, DECAY = 2e-2, 200, 0.3     # learning rate of the embeddings (all else: 4e-4); its rise in steps; the last share of the steps, in which it falls to 0
+PEAK, WARMUP = 5e-3, 50                  # learning rate of embeddings and matrices, and its rise in steps; then it falls to 0
 HELD_OUT = 400                           # paragraphs that are never trained on
 
 
@@ -463,14 +437,22 @@ class Questions:
     """Supervised text-to-text examples: WordNet's facts, what differs between two texts, numbers, who did what. None of the sample's
     tasks is among them, nor a sentence of their templates; the words of the sample's lists are."""
 
-    def __init__(self, work, paragraphs):
+    def __init__(self, work, paragraphs, pieces):
         facts = data.read_json(work / "wordnet.json")
         self.kinds, self.synonyms, self.opposites = facts["kinds"], facts["synonyms"], facts["opposites"]
         self.common = [[w, kin(w)] for w in NOUNS if kin(w)]
+        self.words = [piece[1:] for piece in map(pieces.id_to_piece, range(len(pieces))) if re.fullmatch("\u2581[a-z]{2,}", piece)]
         self.sentences = [s for p in paragraphs for s in re.findall(r'[A-Z"]?[^.;:"()]{20,90}(?=[.;"])', p) if 4 <= len(s.split()) <= 14]
 
     def one(self, rng):
-        return rng.choices([self.pair, self.mood, self.kind, self.word, self.difference, self.number, self.reading], [9, 2, 2, 1, 1, 1, 3])[0](rng)
+        sorts = {self.pair: 9, self.mood: 2, self.kind: 2, self.word: 1, self.difference: 2, self.number: 1, self.reading: 3, self.whether: 2,
+                 self.placed: 2, self.again: 1}
+        return rng.choices(list(sorts), sorts.values())[0](rng)
+
+    def again(self, rng):
+        """Words said again, any of the vocabulary, so that each of them has been an answer."""
+        words = " ".join(rng.choices(self.words, k=rng.randrange(1, 5)))
+        return f"say again : {words}", words
 
     def kind(self, rng):
         word, above = rng.choice(self.kinds if rng.random() < 0.5 else self.common)
@@ -521,11 +503,11 @@ class Questions:
         def being(rng):
             return rng.choice(PEOPLE) if rng.random() < 0.4 else rng.choice(BEINGS)
         f = statement(rng)
-        f.update(who=being(rng), whom=being(rng), denied=rng.random() < 0.15, where=rng.choice(["", "", rng.choice(ROOMS)]), sort=rng.choice(["", rng.choice(SORTS)]))
+        f.update(who=being(rng), whom=rng.choice(NOUNS) if rng.random() < 0.5 else being(rng), denied=rng.random() < 0.15, where=rng.choice(["", "", rng.choice(ROOMS)]), sort=rng.choice(["", rng.choice(SORTS)]))
         if f["who"] == f["whom"]:
             return self.pair(rng)
         g, how = dict(f), rng.choice(SORTS_OF_PAIRS)
-        one, two = "the", "the"
+        one = two = ""
         if how == "same":
             g["passive"] = rng.random() < 0.5
         elif how == "roles":
@@ -534,7 +516,8 @@ class Questions:
         elif how in ("opposite", "alike"):
             f["sort"], g["sort"] = rng.sample(rng.choice(SYNONYMS if how == "alike" else ANTONYMS), 2)
         elif how in ("wider", "narrower"):
-            slot, low = rng.choice(["who", "whom"]), rng.choice([n for n in BEINGS if kin(n)])
+            slot = rng.choice(["who", "whom"])
+            low = rng.choice([n for n in (BEINGS if slot == "who" else NOUNS) if kin(n)])
             f[slot], g[slot] = (low, high) if (high := rng.choice(kin(low))) and how == "wider" else (high, low)
         elif how in ("shorter", "longer"):
             slot = rng.choice(["sort", "where"])
@@ -580,6 +563,8 @@ class Questions:
     def number(self, rng):
         a, b = rng.sample(range(1, 10), 2)
         if rng.random() < 0.5:
+            return compare(rng, f"is {NUMBERS[a - 1]}", a)
+        if rng.random() < 0.5:
             return f"which is {(how := rng.choice(['more', 'less']))} : {NUMBERS[a - 1]} or {NUMBERS[b - 1]} ?", NUMBERS[(max if how == "more" else min)(a, b) - 1]
         return f"count on from {NUMBERS[a - 1]}", " ".join(NUMBERS[a:a + 3]) or "ten"
 
@@ -591,7 +576,7 @@ class Questions:
                 (f"whom is the {f['who']} {f['does']}ing ?", "nobody" if f["denied"] else patient(f)), ("say it in other words : " + state(f), state({**f, "passive": not f["passive"]})),
                 ("is anything denied ?", " and ".join(agent(g) for g in facts if g["denied"]) or "no")]
         if f["number"]:
-            asks.append((f"how many {f['whom']}s ?", NUMBERS[f["number"] - 1]))
+            asks += [(f"how many {f['whom']}s ?", NUMBERS[f["number"] - 1]), compare(rng, "are they", f["number"])]
         if f["sort"]:
             asks.append((f"what is the {f['who']} like ?", f["sort"]))
         if f["where"]:
@@ -602,26 +587,71 @@ class Questions:
         ask, answer = rng.choice(asks)
         return (f"{text} . question: {ask}" if not ask.startswith("say") else ask), answer
 
+    def whether(self, rng):
+        """A statement about two people, or about one of two, and who did it."""
+        f, other = statement(rng), rng.choice(PEOPLE)
+        if other in (f["who"], f["whom"]):
+            return self.whether(rng)
+        two, i = rng.sample([f["who"], other], 2), rng.randrange(2)
+        how, answers = rng.choice([("the {} and the {}", "yes yes"), ("either the {} or the {}", "perhaps perhaps"), ("neither the {} nor the {}", "no no"),
+                                   ("the {} but not the {}", "yes no"), ("not the {} but the {}", "no yes"), ("the {} or the {}", "perhaps perhaps")])
+        f.update(agent=how.format(*two), denied=False)
+        ask, answer = rng.choice([(f"is the {two[i]} one of them ?", answers.split()[i]), (f"does the {two[i]} {f['does']} {patient(f)} ?", answers.split()[i]),
+                                  ("is it both ?", "yes" if answers == "yes yes" else "no"), ("is it any of the two ?", "no" if answers == "no no" else "yes")])
+        return f"{state(f)} . question: {ask}", answer
+
+    def placed(self, rng):
+        """Things on a board, each with its two coordinates: what is where, how many, on which side."""
+        names, sorts = rng.sample(BEINGS, rng.randrange(1, 4)), rng.sample(SORTS, rng.randrange(1, 5))
+        things = [(rng.choice(sorts), rng.choice(names), rng.randrange(1, 8), rng.randrange(1, 8)) for _ in range(rng.randrange(1, 6))]
+        sort, name, x, y = rng.choice(things)
+        only = [t for t in things if t[1] == name] == [(sort, name, x, y)]
+        asks = [(f"count {name} :", NUMBERS[[t[1] for t in things].count(name) - 1]), (f"count {sort} :", NUMBERS[[t[0] for t in things].count(sort) - 1]),
+                ("count all :", NUMBERS[len(things) - 1])]
+        s, n = rng.choice([*[t[:2] for t in things], (rng.choice(sorts), rng.choice(names))])
+        asks.append((f"any {s} {n} ?", "yes" if any(t[:2] == (s, n) for t in things) else "no"))
+        if only:
+            asks += [(f"sort of {name} :", sort), (f"place of {name} :", f"{NUMBERS[x - 1]} {NUMBERS[y - 1]}")]
+            others = [t for t in things if t[1] != name and [u[1] for u in things].count(t[1]) == 1]
+            if others:
+                _, n, a, b = rng.choice(others)
+                asks += [(f"{name} {side} {n} ?", "yes" if is_so else "no") for side, is_so in
+                         (("west of", x < a), ("east of", x > a), ("higher than", y < b), ("lower than", y > b))]
+        if [t[0] for t in things].count(sort) == 1:
+            asks += [(f"who is {sort} :", name)] * 2
+        ask, answer = rng.choice(asks)
+        return f"board: {' , '.join(f'{s} {n} {NUMBERS[a - 1]} {NUMBERS[b - 1]}' for s, n, a, b in things)} . {ask}", answer
+
+
+def compare(rng, words, number):
+    other, (how, true) = rng.randrange(1, 10), rng.choice([("at least", int.__ge__), ("at most", int.__le__), ("more than", int.__gt__), ("fewer than", int.__lt__),
+                                                           ("exactly", int.__eq__)])
+    other = number if rng.random() < 0.3 else other
+    return f"{words} {how} {NUMBERS[other - 1]} ?", "yes" if true(number, other) else "no"
+
 
 def statement(rng):
     who, whom = rng.sample(PEOPLE, 2)
     return dict(who=who, whom=whom, does=rng.choice(DOES), number=rng.choice([0, 0, *range(2, 10)]), sort=rng.choice(["", rng.choice(SORTS)]),
-                where=rng.choice(["", rng.choice(ROOMS)]), passive=rng.random() < 0.4, denied=rng.random() < 0.2)
+                where=rng.choice(["", rng.choice(ROOMS)]), passive=rng.random() < 0.4, denied=rng.random() < 0.2, tense=rng.choice(["", "", "will", "can", "must"]), articles=rng.choices(["the", "the", "a", "this"], k=2))
 
 
 def patient(f):
-    return f"{NUMBERS[f['number'] - 1]} {f['whom']}s" if f["number"] else f"the {f['whom']}"
+    return f"{NUMBERS[f['number'] - 1]} {f['whom']}s" if f["number"] else f"{f['articles'][1]} {f['whom']}"
 
 
-def agent(f, article="the"):
-    return f.get("agent") or " ".join(f"{article} {f['sort']} {f['who']}".split())
+def agent(f, article=""):
+    return f.get("agent") or " ".join(f"{article or f['articles'][0]} {f['sort']} {f['who']}".split())
 
 
-def state(f, article="the"):
-    deny = "not " * f["denied"]
+def state(f, article=""):
+    deny, verb, will = "not " * f["denied"], f["does"], f["tense"]
     if f["passive"]:
-        return f"{patient(f)} {'are' if f['number'] else 'is'} {deny}being {f['does']}ed by {agent(f, article)} {f['where']}".strip()
-    return f"{agent(f, article)} is {deny}{f['does']}ing {patient(f)} {f['where']}".strip()
+        does = f"{will} {deny}be {verb}ed" if will else f"{'are' if f['number'] else 'is'} {deny}being {verb}ed"
+        text = f"{patient(f)} {does} by {agent(f, article)} {f['where']}"
+    else:
+        text = f"{agent(f, article)} {f'{will} {deny}{verb}' if will else f'is {deny}{verb}ing'} {patient(f)} {f['where']}"
+    return re.sub(r"\ba (?=[aeiou])", "an ", text.strip())
 
 
 SORTS_OF_PAIRS = "same roles opposite alike wider narrower shorter longer number denial part perhaps another".split()
@@ -629,7 +659,7 @@ BEINGS = [n for n in NOUNS if top(n) in ("person", "animal")]
 PEOPLE = "farmer teacher boy girl king queen nurse driver baker sailor soldier lawyer student judge guest neighbor waiter cook hunter stranger".split()
 DOES = "help watch follow push touch greet warn call visit answer thank paint cover join pull fear kick".split()
 SORTS = "old young tall short big small happy sad brave clever quiet loud rich poor slow quick angry calm red blue green white black".split()
-ROOMS = ["in the kitchen", "at the school", "in the hall", "near the wall", "on the stairs", "by the door", "in the street", "at the table", "in the field"]
+ROOMS = ["in the kitchen", "at the school", "in the hall", "near the wall", "on the stairs", "by the door", "in the street", "at the table", "in the field", "today", "at night", "this year", "every day", "after dinner", "in summer"]
 
 
 def encode_text(work, tokenizer):
@@ -642,15 +672,14 @@ def encode_text(work, tokenizer):
 
 
 def pretraining_batch(step, ids, questions, tokenizer, seed):
-    """A function of seed and step alone -> source [B, S], target [B, T]: gaps in text, or questions."""
-    rng, pick = np.random.default_rng([seed, step]), random.Random(f"{seed} {step}")
-    if rng.random() >= SUPERVISED:
-        pairs = [corrupt(ids[s:s + WINDOW].tolist(), rng, tokenizer.first_sentinel) for s in rng.integers(0, len(ids) - WINDOW, TOKENS // WINDOW)]
-    else:
-        pairs = []
-        while sum(len(s) for s, _ in pairs) < TOKENS:
-            pairs.append(tuple(map(tokenizer.encode, questions.one(pick))))
-    return tuple(torch.from_numpy(data.pad([np.array(x) for x in side], fill)) for side, fill in zip(zip(*pairs), (0, -100)))
+    """A function of seed and step alone -> three pairs of source [B, S] and target [B, T]: gaps in text, short questions, long ones."""
+    rng, pick, pairs = np.random.default_rng([seed, step]), random.Random(f"{seed} {step}"), []
+    gaps = [corrupt(ids[s:s + WINDOW].tolist(), rng, tokenizer.first_sentinel) for s in rng.integers(0, len(ids) - WINDOW, int(TOKENS * (1 - SUPERVISED)) // WINDOW)]
+    while sum(len(s) for s, _ in pairs) < TOKENS * SUPERVISED:
+        pairs.append(tuple(map(tokenizer.encode, questions.one(pick))))
+    pairs.sort(key=lambda pair: len(pair[0]))                                # of like length together: less padding
+    parts = gaps, pairs[:len(pairs) * 2 // 3], pairs[len(pairs) * 2 // 3:]
+    return [tuple(torch.from_numpy(data.pad([np.array(x) for x in side], fill)) for side, fill in zip(zip(*part), (0, -100))) for part in parts]
 
 
 @torch.no_grad()
@@ -662,6 +691,13 @@ def initial(model):
             continue
         p.normal_(0, 1.0 if name == "shared.weight" else (c.d_model * c.d_kv) ** -0.5 if name.endswith(".q.weight")
                   else p.shape[1] ** -0.5 if p.dim() == 2 and "relative" not in name else c.d_model ** -0.5)
+    # Half of the encoder's heads begin by looking for words like their own: queries are keys, made as small as queries are, and a
+    # place looks away from itself. To compare texts has not to be found by chance. [C, after mimetic initialisation, Trockman and Kolter 2023]
+    half = c.num_heads // 2
+    for block in model.encoder.blocks:
+        attention = block.self_attention
+        attention.q.weight[:half * c.d_kv] = attention.k.weight[:half * c.d_kv] * c.d_kv ** -0.5
+    model.encoder.relative_bias.weight[0, :half] -= 8
 
 
 def pretrain(args):
@@ -669,55 +705,66 @@ def pretrain(args):
     work, out = Path(args.work), HERE / "mini-t5"
     tokenizer = Tokenizer(out / "spiece.model")
     ids, paragraphs = encode_text(work, tokenizer)
-    questions = Questions(work, paragraphs[HELD_OUT:])
+    questions = Questions(work, paragraphs[HELD_OUT:], tokenizer.pieces)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = T5(CONFIG).to(device)
     initial(model)
     model.dtype = torch.bfloat16
-    # Embeddings start at 1, all else much smaller: of four choices this one learned fastest (see README.md). [C]
-    groups = [dict(params=[p], scale=1.0 if name == "shared.weight" else 0.02) for name, p in model.named_parameters()]
-    optimiser = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    # Muon for matrices, AdamW for embeddings, norms and position biases: of seven choices this one learned fastest (see README.md). [C]
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name != "shared.weight" and "relative" not in name}
+    small = [dict(params=[p], scale=1.0 if name == "shared.weight" else 0.08) for name, p in model.named_parameters() if name not in matrices]
+    queries = [dict(params=[p], scale=0.25 if name.endswith(".q.weight") else 1.0) for name, p in matrices.items()]     # queries start small
+    optimisers = [torch.optim.AdamW(small, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0, fused=True), torch.optim.Muon(queries, lr=PEAK, weight_decay=0.0)]
     named, step, state = dict(model.named_parameters()), 0, work / "state.safetensors"
 
+    for p in model.parameters():                                             # an optimiser's own state, as it would begin it
+        if p.dim() == 2 and any(p is q for q in matrices.values()):
+            optimisers[1].state[p]["momentum_buffer"] = torch.zeros_like(p)
+        else:
+            optimisers[0].state[p].update(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
     def tensors():
-        return {f"{part}.{n}": t for n, p in named.items() for part, t in (("model", p.data), ("m", optimiser.state[p]["exp_avg"]), ("v", optimiser.state[p]["exp_avg_sq"]))}
+        found = {f"model.{name}": p.data for name, p in named.items()}
+        for name, p in named.items():
+            for optimiser in optimisers:
+                found |= {f"{key}.{name}": t for key, t in optimiser.state.get(p, {}).items()}
+        return found
 
     def save():
         save_file(tensors(), work / "state.tmp", {"step": str(step)})
         (work / "state.tmp").replace(state)
 
-    for p in model.parameters():
-        optimiser.state[p].update(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     if state.exists():
         with safe_open(state, framework="pt") as file:
             step = int(file.metadata()["step"])
             for name, tensor in tensors().items():
                 tensor.copy_(file.get_tensor(name))
-            for p in model.parameters():
-                optimiser.state[p]["step"].fill_(step)
         print(f"goes on at step {step}")
-    stop, saved, sums = data.catch_signals(), time.time(), [[], []]
+    stop, saved, sums = data.catch_signals(), time.time(), [[], [], []]
     log = open(work / "log.jsonl", "a", buffering=1)
     model.eval()                                                             # no dropout in pretraining [X: T5 v1.1]
     with tqdm(total=args.steps, initial=step, disable=None) as bar:
         while step < args.steps and not stop:
-            source, target = (t.to(device) for t in pretraining_batch(step, ids, questions, tokenizer, args.seed))
-            for group in optimiser.param_groups:
-                group["lr"] = PEAK * group["scale"] * min((step + 1) / WARMUP, 1, (args.steps - step) / (args.steps * DECAY))
-            _, loss = model(source, source != 0, target)
-            loss.backward()
+            parts = [[t.to(device) for t in part] for part in pretraining_batch(step, ids, questions, tokenizer, args.seed)]
+            answers = [float((target >= 0).sum()) for _, target in parts]
+            for group in optimisers[0].param_groups + optimisers[1].param_groups:
+                group["lr"] = PEAK * group["scale"] * min((step + 1) / WARMUP, 1 - step / args.steps)
+            for i, (source, target) in enumerate(parts):                     # gaps weigh a quarter, whatever their number of tokens
+                _, loss = model(source, source != 0, target)
+                (loss * (1 - SUPERVISED if i == 0 else SUPERVISED * answers[i] / sum(answers[1:]))).backward()
+                sums[i].append(loss.item())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
             step += 1
-            sums[int((source >= tokenizer.first_sentinel - 99).any())].append(loss.item())
             bar.update()
             if step % 50 == 0:
-                row = dict(step=step, gaps=round(float(np.mean(sums[1] or [0])), 4), questions=round(float(np.mean(sums[0] or [0])), 4), time=round(time.time()))
+                row = dict(step=step, gaps=round(float(np.mean(sums[0])), 4), questions=round(float(np.mean(sums[1] + sums[2])), 4), time=round(time.time()))
                 log.write(json.dumps(row) + "\n")
                 bar.set_postfix_str(f"loss in gaps {row['gaps']}, questions {row['questions']}")
-                sums = [[], []]
+                sums = [[], [], []]
             if time.time() - saved > 300:
                 save()
                 saved = time.time()
@@ -749,7 +796,7 @@ def fill(args):
             answer = model.generate(torch.tensor([source]), max_new_tokens=40)[0].tolist()
             print(f"{tokenizer.decode(source)}\n  truth: {tokenizer.decode(target)}\n  model: {tokenizer.decode(answer)}\n")
     print(f"mean loss in the gaps of {len(losses)} held-out paragraphs: {np.mean(losses):.3f}")
-    questions, pick = Questions(Path(args.work), texts), random.Random(args.seed)
+    questions, pick = Questions(Path(args.work), texts, tokenizer.pieces), random.Random(args.seed)
     for name in ("kind", "word", "difference", "number", "reading"):
         right = []
         for _ in range(100):
@@ -759,7 +806,7 @@ def fill(args):
         print(f"questions of the sort {name!r}: {np.mean(right):.2f} answered exactly; the last: {source!r} -> {answer!r}, expected {target!r}")
 
 # ------------------------------------------------------------------------------------------------- scenes, questions, small CLIP
-SCENES, SIDE, QUESTIONS = 20230710, 56, 7
+SCENES, SIDE, QUESTIONS = 20230710, 56, 8
 IMAGES = {"train2014": range(700), "val2014": range(700, 800)}               # image ids
 SHAPES, SIZES = ("circle", "square", "triangle", "cross"), ("small", "large")
 PAINTS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 80, 215), "yellow": (235, 215, 40), "purple": (140, 50, 170),
@@ -817,9 +864,9 @@ def draw_scene(things, rng):
 
 
 def sample_scene(k):
-    """-> Things and pixels of image k of the sample."""
+    """-> Things and pixels of image k of the sample: at most 3 things, of different colours, so that a small T5 can learn to tell them apart."""
     rng = np.random.default_rng([SCENES, k])
-    things = make_scene(rng)
+    things = next(t for t in iter(lambda: make_scene(rng), None) if len({thing.color for thing in t}) == len(t) < 4)
     return things, draw_scene(things, rng)
 
 
@@ -854,13 +901,14 @@ def ask(things):
 
 def choose(asked, used, rng):
     """-> QUESTIONS of them, one of each kind as far as there are, so that all answers of a question, and of its type, become equally frequent."""
-    chosen, kinds = [], [kind for kind in asked if asked[kind]]
+    one = pick(rng, [kind for kind in ("across", "down") if asked[kind]] or ["exist"])       # one relation, the hardest sort, for an image
+    chosen, kinds = [], [kind for kind in asked if asked[kind] and kind not in {"across", "down"} - {one}]
     while len(chosen) < QUESTIONS:
         kind = kinds[len(chosen)] if len(chosen) < len(kinds) else pick(rng, [k for k in ("shape", "color", "count", "exist") if k in kinds])
-        options = [one for one in asked[kind] if one not in chosen]
+        options = [row for row in asked[kind] if row not in chosen]
         if not options:
             continue
-        _, best = min(((used[one[1:]], used[kind, one[2]], rng.random()), one) for one in options)
+        _, best = min(((used[row[1:]], used[kind, row[2]], rng.random()), row) for row in options)
         used.update([best[1:], (kind, best[2])])
         chosen.append(best)
     return chosen
