@@ -55,8 +55,8 @@ KINDS = {  # top -> middle -> leaves: every word is a kind of the words above it
 PARENT = {leaf: middle for top in KINDS.values() for middle, leaves in top.items() for leaf in leaves.split()}
 PARENT |= {middle: top for top, middles in KINDS.items() for middle in middles}
 NOUNS = [*KINDS, *PARENT]
-DEEDS = "chased followed watched helped pushed touched ignored carried greeted warned".split()         # to an animal or a person
-HANDLING = "cleaned moved painted wanted dropped borrowed described photographed delivered inspected".split()    # of a thing
+DEEDS = "chase follow watch help push touch ignore carry greet warn".split()             # to an animal or a person
+HANDLING = "clean move paint want drop borrow describe photograph deliver inspect".split()        # of a thing; all verbs are regular
 SCALES = [(("big", "large"), ("small", "little")), (("quick", "fast"), ("slow", "sluggish")), (("quiet", "silent"), ("loud", "noisy")),
           (("happy", "cheerful"), ("sad", "unhappy")), (("rich", "wealthy"), ("poor", "penniless")), (("clean", "spotless"), ("dirty", "filthy")),
           (("sick", "ill"), ("healthy", "fit")), (("brave", "courageous"), ("timid", "cowardly")), (("clever", "smart"), ("stupid", "foolish")),
@@ -86,6 +86,10 @@ def top(word):
 
 def plural(noun):
     return noun[:-1] + "ies" if re.search("[^aeo]y$", noun) else noun + ("es" if re.search("(ch|sh|s|x)$", noun) else "s")
+
+
+def past(verb):
+    return re.sub("([^aeou])y$", r"\1i", verb.removesuffix("e")) + verb[-1] * bool(re.search("[^aeiou][aeiou]p$", verb)) + "ed"
 
 
 # ---------------------------------------------------------------------------------------------- sample/glue: RTE and SST-2
@@ -119,16 +123,10 @@ def say(rng, f, passive=False, negated=False):
     subject = f.get("subject_text") or noun_phrase(rng, f["subject"], f["subject_adjective"], f["subject_number"], f["articles"][0])
     object = f.get("object_text") or noun_phrase(rng, f["object"], f["object_adjective"], f["object_number"], f["articles"][1])
     first, second, number = (object, subject, f["object_number"]) if passive else (subject, object, f["subject_number"])
-    verb = f["verb"]
-    if negated and not passive:                                              # all verbs of the lists are regular
-        stem = verb[:-3] + "y" if verb.endswith("ied") else verb[:-1] if verb[:-1] in STEMS_IN_E else verb[:-3] if re.search(r"pped$", verb) else verb[:-2]
-        verb = f"did not {stem}"
-    elif passive:
-        verb = f"{'was' if number == 1 else 'were'} {'not ' * negated}{verb} by"
+    verb = f"did not {f['verb']}" if negated else past(f["verb"])
+    if passive:
+        verb = f"{'was' if number == 1 else 'were'} {'not ' * negated}{past(f['verb'])} by"
     return " ".join(w for w in (first, verb, second, f["where"]) if w)
-
-
-STEMS_IN_E = "chase ignore move describe".split()
 
 
 def modifiers(rng, f, count):
@@ -394,7 +392,7 @@ def vocab(args):
     work, out = Path(args.work), HERE / "mini-t5"
     lines = (work / "text.txt").read_text().splitlines()
     rng = random.Random(args.seed)
-    words = " ".join(f"{w} {plural(w)}" for w in NOUNS) + " " + " ".join(DEEDS + HANDLING + NUMBERS + ASPECTS + GOOD + BAD + COLOURS
+    words = " ".join(f"{w} {plural(w)}" for w in NOUNS) + " " + " ".join([past(v) for v in DEEDS + HANDLING] + NUMBERS + ASPECTS + GOOD + BAD + COLOURS
                                                                        + [w for pair in SYNONYMS + ANTONYMS for w in pair])
     formats = " ".join(f"{name} {' '.join(task.labels.values())}" for name, task in data.TASKS.items())
     formats += " sentence: sentence1: sentence2: question: answer: premise: hypothesis: vqa: yes no circle square triangle star"
@@ -412,7 +410,8 @@ def vocab(args):
 # ------------------------------------------------------------------------------------------------- pretraining of the small T5
 
 VOCABULARY = 5000
-CONFIG = T5Config(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_heads=4, num_decoder_layers=2, vocab_size=5120)  # v1.0's form
+CONFIG = T5Config(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_heads=4, num_decoder_layers=2, vocab_size=5120,
+                  dropout_rate=0.0)  # v1.0's form; no dropout, in pretraining or after it: so small a frozen model unlearns under it [C]
 WINDOW, NOISE, SPAN = 128, 0.15, 3       # tokens of a piece of text, share of them removed, mean length of a gap [X: T5]
 SUPERVISED = 0.75                        # share of a step's tokens that are questions, not text with gaps
 TOKENS = 4096                            # source tokens of a step
@@ -441,17 +440,18 @@ class Questions:
         facts = data.read_json(work / "wordnet.json")
         self.kinds, self.synonyms, self.opposites = facts["kinds"], facts["synonyms"], facts["opposites"]
         self.common = [[w, kin(w)] for w in NOUNS if kin(w)]
+        self.names = [word for word, _ in self.kinds if " " not in word]
         self.words = [piece[1:] for piece in map(pieces.id_to_piece, range(len(pieces))) if re.fullmatch("\u2581[a-z]{2,}", piece)]
         self.sentences = [s for p in paragraphs for s in re.findall(r'[A-Z"]?[^.;:"()]{20,90}(?=[.;"])', p) if 4 <= len(s.split()) <= 14]
 
     def one(self, rng):
-        sorts = {self.pair: 9, self.mood: 2, self.kind: 2, self.word: 1, self.difference: 2, self.number: 1, self.reading: 3, self.whether: 2,
-                 self.placed: 2, self.again: 1}
+        sorts = {self.pair: 14, self.mood: 2, self.kind: 2, self.word: 1, self.difference: 2, self.number: 1, self.reading: 3, self.whether: 2,
+                 self.placed: 2, self.again: 3}
         return rng.choices(list(sorts), sorts.values())[0](rng)
 
     def again(self, rng):
-        """Words said again, any of the vocabulary, so that each of them has been an answer."""
-        words = " ".join(rng.choices(self.words, k=rng.randrange(1, 5)))
+        """Words said again, any of the vocabulary, so that each of them has been an answer; some are put as "not_word"."""
+        words = " ".join(rng.choice(["", "", "not_"]) + word for word in rng.choices(self.words, k=rng.randrange(1, 9)))
         return f"say again : {words}", words
 
     def kind(self, rng):
@@ -473,7 +473,7 @@ class Questions:
 
     def difference(self, rng):
         """What was done to a text: words left out, put in, changed, two of them swapped."""
-        words = (state(statement(rng)) if rng.random() < 0.6 else rng.choice(self.sentences)).split()
+        words = (state(self.statement(rng)) if rng.random() < 0.6 else rng.choice(self.sentences)).split()
         other, how, i = list(words), rng.choice(["left out", "put in", "changed", "swapped", "nothing"]), rng.randrange(len(words))
         if how == "left out":
             answer = f"left out : {other.pop(i)}"
@@ -498,56 +498,78 @@ class Questions:
             answer = "nothing"
         return f"first text: {' '.join(words)} second text: {' '.join(other)} what was done ?", answer
 
+    def statement(self, rng):
+        """A fact: who does what to whom, and what is told besides; never in the simple past, the tense of the sample's own sentences."""
+        who, whom = (rng.choice(rng.choices([PEOPLE, BEINGS, NOUNS, self.names], [4, 3, 2, 2])[0]) for _ in "12")
+        if who == whom:
+            return self.statement(rng)
+        return dict(who=who, whom=whom, does=rng.choice(DOES), many=rng.choice([0] * 5 + [*range(2, 10)]), number=rng.choice([0] * 5 + [*range(2, 10)]),
+                    sort=rng.choice(["", self.sort(rng)]), kind=rng.choice(["", self.sort(rng)]), where=rng.choice(["", self.where(rng)]),
+                    passive=rng.random() < 0.4, denied=rng.random() < 0.15, tense=rng.choice(TENSES), articles=rng.choices(["the", "a", "this"], [4, 2, 1], k=2))
+
+    def sort(self, rng):
+        return rng.choice(SORTS) if rng.random() < 0.6 else rng.choice(rng.choice(SYNONYMS))
+
+    def where(self, rng):
+        return rng.choice(WHEN) if rng.random() < 0.4 else f"{rng.choice(BESIDE)} the {rng.choice(ROOMS)}"
+
     def pair(self, rng):
-        """How two short statements differ, in one of twelve words: not what follows from them."""
-        def being(rng):
-            return rng.choice(PEOPLE) if rng.random() < 0.4 else rng.choice(BEINGS)
-        f = statement(rng)
-        f.update(who=being(rng), whom=rng.choice(NOUNS) if rng.random() < 0.5 else being(rng), denied=rng.random() < 0.15, where=rng.choice(["", "", rng.choice(ROOMS)]), sort=rng.choice(["", rng.choice(SORTS)]))
-        if f["who"] == f["whom"]:
-            return self.pair(rng)
-        g, how = dict(f), rng.choice(SORTS_OF_PAIRS)
+        """How two short statements differ, in one word: not what follows from them."""
+        f = self.statement(rng)
+        g, how = {**f, "passive": rng.random() < 0.5 if rng.random() < 0.4 else f["passive"]}, rng.choice(SORTS_OF_PAIRS)
+        h = {**self.statement(rng), "tense": f["tense"]}                     # a third one, for two clauses
+        end = rng.randrange(2)                                               # who does it, or to whom it is done
+        noun, sort, count = (("who", "sort", "many"), ("whom", "kind", "number"))[end]
         one = two = ""
-        if how == "same":
-            g["passive"] = rng.random() < 0.5
+        if how == "roles" and rng.random() < 0.3:
+            one, two = " and ".join(rng.sample([state(f), state(h)], 2)), state({**h, **{key: f[key] for key in ("who", "sort", "many")}})
         elif how == "roles":
-            f["number"] = g["number"] = 0
-            g.update(who=f["whom"], whom=f["who"], passive=rng.random() < 0.5)
+            g.update(who=f["whom"], whom=f["who"], sort=f["kind"], kind=f["sort"], many=f["number"], number=f["many"])
+        elif how == "moved":
+            f["sort"], f["kind"] = rng.sample([self.sort(rng), ""], 2)
+            g.update(sort=f["kind"], kind=f["sort"])
         elif how in ("opposite", "alike"):
-            f["sort"], g["sort"] = rng.sample(rng.choice(SYNONYMS if how == "alike" else ANTONYMS), 2)
+            f[sort], g[sort] = rng.sample(rng.choice(SYNONYMS if how == "alike" else ANTONYMS), 2)
         elif how in ("wider", "narrower"):
-            slot = rng.choice(["who", "whom"])
-            low = rng.choice([n for n in (BEINGS if slot == "who" else NOUNS) if kin(n)])
-            f[slot], g[slot] = (low, high) if (high := rng.choice(kin(low))) and how == "wider" else (high, low)
+            low, above = rng.choice(self.common) if rng.random() < 0.8 else rng.choice(self.kinds)
+            f[noun], g[noun] = (low, high) if (high := rng.choice(above)) and how == "wider" else (high, low)
+            g["articles"] = [rng.choice(["a", article]) for article in g["articles"]]
         elif how in ("shorter", "longer"):
-            slot = rng.choice(["sort", "where"])
-            f[slot], g[slot] = rng.choice(SORTS if slot == "sort" else ROOMS), ""
+            slot = rng.choice(["sort", "kind", "where"])
+            f[slot], g[slot] = self.where(rng) if slot == "where" else self.sort(rng), ""
             f, g = (f, g) if how == "shorter" else (g, f)
-        elif how == "number":
-            f["number"], g["number"] = rng.sample(range(2, 10), 2)
+        elif how in ("more", "fewer"):
+            g[count], f[count] = sorted(rng.sample(range(1, 10), 2), reverse=how == "more")
         elif how == "denial":
-            g.update(denied=not f["denied"], passive=rng.random() < 0.5)
+            g["denied"] = not f["denied"]
         elif how == "another":
-            slot = rng.choice(["who", "whom"])
-            g[slot] = rng.choice([n for n in BEINGS + PEOPLE if n not in (f["who"], f["whom"]) and n not in kin(f[slot]) and f[slot] not in kin(n)])
-        if rng.random() < 0.2 and how not in ("part", "perhaps"):
-            one = two = "no"
-        if how in ("part", "perhaps"):
-            f.update(sort="", passive=False)
-            names = rng.sample([f["who"], rng.choice([n for n in BEINGS + PEOPLE if n not in (f["who"], f["whom"])])], 2)
-            g.update(f, who=names[0])
-            f["agent"] = ("the {} and the {}" if how == "part" else "either the {} or the {}").format(*rng.sample(names, 2))
-        if one == "no":
-            f.update(denied=False), g.update(denied=how == "denial")
-        texts = [state(x, article) for x, article in ((f, one), (g, two))]
+            slot = rng.choice(["who", "whom", "sort", "kind", "where", "does"])
+            f[slot] = f[slot] or h[slot] or (self.where(rng) if slot == "where" else self.sort(rng))
+            g[slot] = rng.choice(DOES) if slot == "does" else self.where(rng) if slot == "where" else self.sort(rng) if slot in ("sort", "kind") else h[slot]
+            if slot in ("who", "whom") and rng.random() < 0.5:               # of the same branch, but no kind of it
+                f[slot] = rng.choice([*PARENT])
+                g[slot] = rng.choice([n for n in NOUNS if top(n) == top(f[slot]) and n not in [f[slot], *kin(f[slot])] and f[slot] not in kin(n)])
+        elif how in ("part", "perhaps") or (how == "same" and rng.random() < 0.3):
+            if how == "part" and rng.random() < 0.4:
+                one, two = " and ".join(rng.sample([state(f), state(h)], 2)), state(g)
+            else:
+                f.update(sort="", passive=False, many=0)
+                a, b = rng.sample([f["who"], h["who"]], 2)
+                texts = {"part": [("the {} and the {}", "the {}")], "perhaps": [("the {} or the {}", "the {}"), ("the {} or the {}", "the {1} and the {0}")],
+                         "same": [("the {} and the {}", "the {1} and the {0}"), ("the {} or the {}", "the {1} or the {0}")]}[how]
+                one, two = (state({**f, "agent": text.format(*names), "many": 2 * (" and " in text)}) for text, names in zip(rng.choice(texts), [(a, b), rng.choice([(a, b), (b, a)])]))
+        texts = one or state(f), two or state(g)
+        if texts[0] == texts[1] and how != "same":
+            return self.pair(rng)
         if rng.random() < 0.7:
             texts = [text[0].upper() + text[1:] + "." for text in texts]
-        one, two = rng.choice([("one :", "two :"), ("text1:", "text2:"), ("a :", "b :"), ("first:", "second:"), ("", ""), ("line 1:", "line 2:"), ("said:", "then:")])
+        mark = rng.choice(self.words)
+        one, two = rng.choice([("one :", "two :"), *[(f"{mark}1:", f"{mark}2:")] * 4, ("a :", "b :"), ("first:", "second:"), ("", ""), ("said:", "then:")])
         pair = " ".join(f"{one} {texts[0]} {two} {texts[1]}".split())
-        if rng.random() < 0.3:                                               # one sort against all others
+        if rng.random() < 0.2:                                               # one sort against all others
             asked = how if rng.random() < 0.5 else rng.choice(SORTS_OF_PAIRS)
             return rng.choice([f"{asked} ? {pair}", f"{pair} {asked} ?", f"is it {asked} {pair}"]), "yes" if asked == how else "no"
-        return rng.choice([f"{pair} how do they differ ?", f"differ {pair}", f"how do they differ ? {pair}", pair, f"pair {pair}"]), how
+        return rng.choice([f"{pair} how do they differ ?", f"differ {pair}", f"{rng.choice(self.words)} {pair}", pair, f"{pair} {rng.choice(self.words)}"]), how
 
     def mood(self, rng):
         """Of what sort somebody is, where a denial says the opposite; of two, the one asked for."""
@@ -570,33 +592,34 @@ class Questions:
 
     def reading(self, rng):
         """One to three statements in the present tense, and a question: who, whom, how many, of what sort, where, whether."""
-        facts = [statement(rng) for _ in range(rng.randrange(1, 4))]
+        facts = [self.statement(rng) for _ in range(rng.randrange(1, 4))]
         f, text = rng.choice(facts), " . ".join(map(state, facts))
-        asks = [(f"who is {f['does']}ing the {f['whom']}{'s' * bool(f['number'])} ?", "nobody" if f["denied"] else agent(f)),
-                (f"whom is the {f['who']} {f['does']}ing ?", "nobody" if f["denied"] else patient(f)), ("say it in other words : " + state(f), state({**f, "passive": not f["passive"]})),
+        plain = {**f, "passive": False, "denied": False, "where": ""}
+        asks = [(state({**plain, "agent": "who", "many": 0}) + " ?", "nobody" if f["denied"] else agent(f)),
+                (state({**plain, "patient": "who", "number": 0, "passive": True}) + " ?", "nobody" if f["denied"] else patient(f)),
+                ("say it in other words : " + state(f), state({**f, "passive": not f["passive"]})),
                 ("is anything denied ?", " and ".join(agent(g) for g in facts if g["denied"]) or "no")]
         if f["number"]:
-            asks += [(f"how many {f['whom']}s ?", NUMBERS[f["number"] - 1]), compare(rng, "are they", f["number"])]
+            asks += [(f"how many {plural(f['whom'])} ?", NUMBERS[f["number"] - 1]), compare(rng, "are they", f["number"])]
         if f["sort"]:
             asks.append((f"what is the {f['who']} like ?", f["sort"]))
         if f["where"]:
             asks.append((f"where is the {f['who']} ?", f["where"]))
-        if not f["number"] and rng.random() < 0.5:
-            who, whom = rng.choice([(f["who"], f["whom"]), (f["whom"], f["who"]), (f["who"], rng.choice(PEOPLE))])
-            asks = [(f"is the {who} {f['does']}ing the {whom} ?", "yes" if (who, whom) == (f["who"], f["whom"]) and not f["denied"] else "no")]
+        if f["kind"]:
+            asks.append((f"what is the {f['whom']} like ?", f["kind"]))
         ask, answer = rng.choice(asks)
         return (f"{text} . question: {ask}" if not ask.startswith("say") else ask), answer
 
     def whether(self, rng):
         """A statement about two people, or about one of two, and who did it."""
-        f, other = statement(rng), rng.choice(PEOPLE)
+        f, other = {**self.statement(rng), "passive": False, "many": 0}, rng.choice(PEOPLE)
         if other in (f["who"], f["whom"]):
             return self.whether(rng)
         two, i = rng.sample([f["who"], other], 2), rng.randrange(2)
         how, answers = rng.choice([("the {} and the {}", "yes yes"), ("either the {} or the {}", "perhaps perhaps"), ("neither the {} nor the {}", "no no"),
                                    ("the {} but not the {}", "yes no"), ("not the {} but the {}", "no yes"), ("the {} or the {}", "perhaps perhaps")])
         f.update(agent=how.format(*two), denied=False)
-        ask, answer = rng.choice([(f"is the {two[i]} one of them ?", answers.split()[i]), (f"does the {two[i]} {f['does']} {patient(f)} ?", answers.split()[i]),
+        ask, answer = rng.choice([(f"is the {two[i]} one of them ?", answers.split()[i]), (f"is it the {two[i]} ?", answers.split()[i]),
                                   ("is it both ?", "yes" if answers == "yes yes" else "no"), ("is it any of the two ?", "no" if answers == "no no" else "yes")])
         return f"{state(f)} . question: {ask}", answer
 
@@ -630,36 +653,41 @@ def compare(rng, words, number):
     return f"{words} {how} {NUMBERS[other - 1]} ?", "yes" if true(number, other) else "no"
 
 
-def statement(rng):
-    who, whom = rng.sample(PEOPLE, 2)
-    return dict(who=who, whom=whom, does=rng.choice(DOES), number=rng.choice([0, 0, *range(2, 10)]), sort=rng.choice(["", rng.choice(SORTS)]),
-                where=rng.choice(["", rng.choice(ROOMS)]), passive=rng.random() < 0.4, denied=rng.random() < 0.2, tense=rng.choice(["", "", "will", "can", "must"]), articles=rng.choices(["the", "the", "a", "this"], k=2))
-
-
 def patient(f):
-    return f"{NUMBERS[f['number'] - 1]} {f['whom']}s" if f["number"] else f"{f['articles'][1]} {f['whom']}"
+    return f.get("patient") or described(f["articles"][1], f["kind"], f["whom"], f["number"])
 
 
-def agent(f, article=""):
-    return f.get("agent") or " ".join(f"{article or f['articles'][0]} {f['sort']} {f['who']}".split())
+def agent(f):
+    return f.get("agent") or described(f["articles"][0], f["sort"], f["who"], f["many"])
 
 
-def state(f, article=""):
-    deny, verb, will = "not " * f["denied"], f["does"], f["tense"]
-    if f["passive"]:
-        does = f"{will} {deny}be {verb}ed" if will else f"{'are' if f['number'] else 'is'} {deny}being {verb}ed"
-        text = f"{patient(f)} {does} by {agent(f, article)} {f['where']}"
-    else:
-        text = f"{agent(f, article)} {f'{will} {deny}{verb}' if will else f'is {deny}{verb}ing'} {patient(f)} {f['where']}"
+def described(article, sort, noun, number):
+    return " ".join(w for w in (NUMBERS[number - 1] if number else article, sort, plural(noun) if number > 1 else noun) if w)
+
+
+def state(f):
+    """-> a fact in words."""
+    passive, verb, tense = f["passive"], f["does"], f["tense"]
+    be, have, do = ("are", "have", "do") if f["number" if passive else "many"] > 1 else ("is", "has", "does")
+    first, rest = {"now": (be, f"being {past(verb)}" if passive else verb.removesuffix("e") + verb[-1] * bool(re.search("[^aeiou][aeiou]p$", verb)) + "ing"),
+                   "has": (have, "been " * passive + past(verb)), "had": ("had", "been " * passive + past(verb)),
+                   "does": (be, past(verb)) if passive else (do, verb)}.get(tense) or (tense, f"be {past(verb)}" if passive else verb)
+    does = plural(verb) if first == "does" and not f["denied"] else verb if first == "do" and not f["denied"] else f"{first} {'not ' * f['denied']}{rest}"
+    text = f"{patient(f)} {does} by {agent(f)} {f['where']}" if passive else f"{agent(f)} {does} {patient(f)} {f['where']}"
     return re.sub(r"\ba (?=[aeiou])", "an ", text.strip())
 
 
-SORTS_OF_PAIRS = "same roles opposite alike wider narrower shorter longer number denial part perhaps another".split()
+TENSES = "now has had does will can must may".split()
+SORTS_OF_PAIRS = "same roles moved opposite alike wider narrower shorter longer more fewer denial part perhaps another".split()
 BEINGS = [n for n in NOUNS if top(n) in ("person", "animal")]
 PEOPLE = "farmer teacher boy girl king queen nurse driver baker sailor soldier lawyer student judge guest neighbor waiter cook hunter stranger".split()
-DOES = "help watch follow push touch greet warn call visit answer thank paint cover join pull fear kick".split()
+DOES = DEEDS + HANDLING + """call visit answer thank cover join pull fear kick praise blame trust miss admire lift wash mix use need count copy save open
+    close guard obey wake face pass order mark sign like love hate reach serve spare test tie turn view welcome wrap""".split()
 SORTS = "old young tall short big small happy sad brave clever quiet loud rich poor slow quick angry calm red blue green white black".split()
-ROOMS = ["in the kitchen", "at the school", "in the hall", "near the wall", "on the stairs", "by the door", "in the street", "at the table", "in the field", "today", "at night", "this year", "every day", "after dinner", "in summer"]
+BESIDE = "in near behind on at by under beside".split()
+ROOMS = "garden kitchen river school hall station wall house stairs park door bridge street market table lake field shop tower church".split()
+WHEN = """today|at night|this year|every day|after dinner|in summer|on sunday|on monday|at noon|before lunch|after dawn|in the morning|during the feast|on
+ friday|next week|last month|during the storm|in the evening""".replace("\n", "").split("|")
 
 
 def encode_text(work, tokenizer):
@@ -773,8 +801,23 @@ def pretrain(args):
     print(f"step {step} of {args.steps}: sample/mini-t5 written" + ("" if step == args.steps else "; the same command goes on"))
 
 
+def like_t5(name, weight):
+    """The same function in the magnitudes of the public T5s, so that the learning rates of adapters and prefixes that suit them suit this one:
+    a wide residual stream, norms that make it narrow again, keys and values to match. All factors are powers of two: nothing is rounded."""
+    if name == "decoder.norm.weight":
+        return weight / 8                                                    # makes up for the embeddings, which are also the output's
+    if name == "encoder.norm.weight":
+        return weight
+    if name.endswith("norm.weight"):
+        return weight / 8                                                    # the inputs of every block
+    if name == "shared.weight" or name.endswith("wo.weight"):
+        return weight * 8                                                    # what enters the residual stream
+    before = 1 if ".cross_attention." in name and not name.endswith("q.weight") else 8         # the encoder's output keeps its magnitude
+    return weight * {"wi": 8, "q": 8 / 4, "k": before * 4, "v": before * 4, "o": 8 / 4}.get(name.split(".")[-2], 1)
+
+
 def export(model, out):
-    names = {public_name(n): p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
+    names = {public_name(n): like_t5(n, p.detach()).to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
     save_file(names, out / "model.safetensors", {"format": "pt"})
     config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True, "decoder_start_token_id": 0, **vars(CONFIG)}
     data.write_whole(out / "config.json", json.dumps(config, indent=1).encode() + b"\n")

@@ -144,7 +144,7 @@ def test_questions_of_pretraining_are_not_the_sample():
     questions = make.Questions.__new__(make.Questions)
     questions.common = questions.kinds = [[w, make.kin(w)] for w in make.NOUNS if make.kin(w)]
     questions.synonyms, questions.opposites, questions.sentences = make.SYNONYMS, make.ANTONYMS, ["a witty saying about nothing"]
-    questions.words = ["witty", "saying"]
+    questions.words, questions.names = ["witty", "saying"], make.NOUNS
     sample = {text.lower().rstrip(".") for name in ("train", "dev") for row in rows("RTE", name)[1] for text in row[1:3]}
     rng = random.Random(0)
     for _ in range(3000):
