@@ -12,7 +12,7 @@ from test_sample import SAMPLE, make
 
 VQA = SAMPLE / "vqa"
 pytestmark = pytest.mark.skipif(not (SAMPLE / "mini-clip").is_dir(), reason="sample/mini-clip and sample/vqa are not bundled yet: sample/make.py scenes, clip and features make them")
-SUBSETS = {"train2014": (700, 5600), "val2014": (100, 800)}
+SUBSETS = {"train2014": (700, 8400), "val2014": (100, 1200)}
 
 
 def load(name):
@@ -85,7 +85,7 @@ def test_the_question_alone_says_little(capsys):
         kinds[kind][answer] += 1
     right = [(asked.get(question) or kinds[kind]).most_common(1)[0][1] for _, kind, question, _ in rows("val2014")]
     guesses = [max((asked.get(question) or kinds[kind]).items(), key=lambda pair: (pair[1], pair[0]))[0] == answer for _, kind, question, answer in rows("val2014")]
-    assert len(right) == 800 and np.mean(guesses) < 0.5
+    assert len(right) == 1200 and np.mean(guesses) < 0.5
     assert np.mean(guesses) == pytest.approx(make.prior([row[1:] for row in rows("train2014")], [row[1:] for row in rows("val2014")]))
 
 
