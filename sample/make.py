@@ -413,7 +413,8 @@ VOCABULARY = 5000
 CONFIG = T5Config(d_model=256, d_kv=64, d_ff=768, num_layers=6, num_heads=4, num_decoder_layers=2, vocab_size=5120,
                   dropout_rate=0.0)  # v1.0's form; no dropout, in pretraining or after it: so small a frozen model unlearns under it [C]
 WINDOW, NOISE, SPAN = 128, 0.15, 3       # tokens of a piece of text, share of them removed, mean length of a gap [X: T5]
-SUPERVISED = 0.75                        # share of a step's tokens that are questions, not text with gaps
+SECOND = 4800                            # first step of the second part: more text, and more of the pairs that were hardest in the first
+SUPERVISED = 0.75, 0.4                   # share of a step's tokens that are questions, not text with gaps, in either part
 TOKENS = 4096                            # source tokens of a step
 PEAK, WARMUP = 5e-3, 50                  # learning rate of embeddings and matrices, and its rise in steps; then it falls to 0
 HELD_OUT = 400                           # paragraphs that are never trained on
@@ -440,12 +441,14 @@ class Questions:
         facts = data.read_json(work / "wordnet.json")
         self.kinds, self.synonyms, self.opposites = facts["kinds"], facts["synonyms"], facts["opposites"]
         self.common = [[w, kin(w)] for w in NOUNS if kin(w)]
+        self.sorts = SORTS_OF_PAIRS
         self.names = [word for word, _ in self.kinds if " " not in word]
         self.words = [piece[1:] for piece in map(pieces.id_to_piece, range(len(pieces))) if re.fullmatch("\u2581[a-z]{2,}", piece)]
         self.marks = [w for w in self.words if w not in ("sentence", "premise", "hypothesis", "entailment", "rte", "sst")]
         self.sentences = [s for p in paragraphs for s in re.findall(r'[A-Z"]?[^.;:"()]{20,90}(?=[.;"])', p) if 4 <= len(s.split()) <= 14]
 
-    def one(self, rng):
+    def one(self, rng, part=0):
+        self.sorts = SORTS_OF_PAIRS + ["same", "moved", "roles"] * 2 * part
         sorts = {self.pair: 14, self.mood: 4, self.kind: 2, self.word: 1, self.difference: 2, self.number: 2, self.reading: 3, self.whether: 2,
                  self.placed: 3, self.again: 2}
         return rng.choices(list(sorts), sorts.values())[0](rng)
@@ -517,7 +520,7 @@ class Questions:
     def pair(self, rng):
         """How two short statements differ, in one word, or first by their words: not what follows from them."""
         f = self.statement(rng)
-        g, how = {**f, "passive": rng.random() < 0.5 if rng.random() < 0.4 else f["passive"]}, rng.choice(SORTS_OF_PAIRS)
+        g, how = {**f, "passive": rng.random() < 0.5 if rng.random() < 0.4 else f["passive"]}, rng.choice(self.sorts)
         h = {**self.statement(rng), "tense": f["tense"]}                     # a third one, for two clauses
         end = rng.randrange(2)                                               # who does it, or to whom it is done
         noun, sort, count = (("who", "sort", "many"), ("whom", "kind", "number"))[end]
@@ -706,10 +709,10 @@ def encode_text(work, tokenizer):
 
 def pretraining_batch(step, ids, questions, tokenizer, seed):
     """A function of seed and step alone -> three pairs of source [B, S] and target [B, T]: gaps in text, short questions, long ones."""
-    rng, pick, pairs = np.random.default_rng([seed, step]), random.Random(f"{seed} {step}"), []
-    gaps = [corrupt(ids[s:s + WINDOW].tolist(), rng, tokenizer.first_sentinel) for s in rng.integers(0, len(ids) - WINDOW, int(TOKENS * (1 - SUPERVISED)) // WINDOW)]
-    while sum(len(s) for s, _ in pairs) < TOKENS * SUPERVISED:
-        pairs.append(tuple(map(tokenizer.encode, questions.one(pick))))
+    rng, pick, pairs, part = np.random.default_rng([seed, step]), random.Random(f"{seed} {step}"), [], int(step >= SECOND)
+    gaps = [corrupt(ids[s:s + WINDOW].tolist(), rng, tokenizer.first_sentinel) for s in rng.integers(0, len(ids) - WINDOW, int(TOKENS * (1 - SUPERVISED[part])) // WINDOW)]
+    while sum(len(s) for s, _ in pairs) < TOKENS * SUPERVISED[part]:
+        pairs.append(tuple(map(tokenizer.encode, questions.one(pick, part))))
     pairs.sort(key=lambda pair: len(pair[0]))                                # of like length together: less padding
     parts = gaps, pairs[:len(pairs) * 2 // 3], pairs[len(pairs) * 2 // 3:]
     return [tuple(torch.from_numpy(data.pad([np.array(x) for x in side], fill)) for side, fill in zip(zip(*part), (0, -100))) for part in parts]
@@ -786,9 +789,10 @@ def pretrain(args):
             answers = [float((target >= 0).sum()) for _, target in parts]
             for group in optimisers[0].param_groups + optimisers[1].param_groups:
                 group["lr"] = PEAK * group["scale"] * min((step + 1) / WARMUP, 1 - step / args.steps)
-            for i, (source, target) in enumerate(parts):                     # gaps weigh a quarter, whatever their number of tokens
+            share = SUPERVISED[step >= SECOND]
+            for i, (source, target) in enumerate(parts):                     # gaps weigh what their share is, whatever their number of tokens
                 _, loss = model(source, source != 0, target)
-                (loss * (1 - SUPERVISED if i == 0 else SUPERVISED * answers[i] / sum(answers[1:]))).backward()
+                (loss * (1 - share if i == 0 else share * answers[i] / sum(answers[1:]))).backward()
                 sums[i].append(loss.item())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in optimisers:
@@ -1209,7 +1213,7 @@ def main():
         if part in (text, vocab, pretrain, fill):
             sub.add_argument("--work", default="work", help="folder for texts and the state of pretraining (default: work)")
         if part in (pretrain, clip):
-            steps = 4700 if part is pretrain else 2800
+            steps = 9000 if part is pretrain else 2800
             sub.add_argument("--steps", type=int, default=steps, help=f"training steps (default: {steps})")
     args = parser.parse_args()
     args.part(args)

@@ -118,8 +118,9 @@ def test_mini_t5_is_a_t5():
         logits, _ = ours(ids, ids != 0, labels)
         expected = theirs(input_ids=ids, labels=labels)
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
-    for question, answer in (("which is more : two or five ?", "five"), ("the opposite of big", "small"), ("is every sparrow a bird ?", "yes"), ("count on from three", "four five six")):
-        assert tokenizer.decode(ours.generate(torch.tensor([tokenizer.encode(question)]), max_new_tokens=8)[0].tolist()) == answer
+    for question, answers in (("which is more : two or five ?", ["five"]), ("the opposite of big", ["small", "little"]), ("is every sparrow a bird ?", ["yes"]),
+                              ("count on from three", ["four five six"])):
+        assert tokenizer.decode(ours.generate(torch.tensor([tokenizer.encode(question)]), max_new_tokens=8)[0].tolist()) in answers
 
 
 def test_span_corruption_loses_nothing():
