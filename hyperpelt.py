@@ -15,14 +15,18 @@ VL-HyperPELT, for a task that comes with images, has a second side, with hyperne
     (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v    visual hyper-embedding, through (2) and (4) again
     (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]        the image's prefix after the task's
     (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                 the image's adapter beside the task's
+What it is compared with enters by (3), (5) and (6) too, but is trained itself, a set for each task:
+    (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                            prefix-tuning, reparameterised; W, c of all tasks
 A site is a place that receives generated weights: (block type, layer), five block types. The weights of all sites are
 made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
 [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
 
 Shapes: B batch, S source (or target) length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
-E hyper-embedding width d_I, Z input embedding width d_t, V width of an image's features.
+E hyper-embedding width d_I, Z input embedding width d_t, V width of an image's features, Q hidden width of eq. (11).
 """
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,12 +37,16 @@ from data import Parser, UserError, run
 from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, RMSNorm, T5Config
 
 BLOCK_TYPES = [ENCODER_SELF, ENCODER_FFN, DECODER_SELF, DECODER_CROSS, DECODER_FFN]  # b_j's index [D: five]
-METHODS = {  # (prefix, adapter, the whole backbone trained)
-    "hyperpelt": (True, True, False),
-    "hyperprefix": (True, False, False),       # the paper's HyperPrefix
-    "hyperadapter": (False, True, False),
-    "norms": (False, False, False),            # the frozen T5 with its layer norms trained: what the others add to
-    "full": (False, False, True),              # full fine-tuning
+METHODS = {  # (prefix, adapter, where they come from)
+    "hyperpelt": (True, True, "hypernetworks"),
+    "hyperprefix": (True, False, "hypernetworks"),      # the paper's HyperPrefix
+    "hyperadapter": (False, True, "hypernetworks"),
+    "hyperformer": (False, True, "hypernetworks"),      # HyperFormer++'s way: one vector I a site, layer norm on it [X]
+    "prefix": (True, False, "learned"),                 # prefix-tuning
+    "adapter": (False, True, "learned"),                # parallel adapters
+    "mam": (True, True, "learned"),                     # both: the MAM adapter
+    "norms": (False, False, "nowhere"),                 # the frozen T5 with its layer norms trained: what all others add to
+    "full": (False, False, "nowhere"),                  # full fine-tuning
 }
 VISION = {  # what an image gives the T5: (visual prefix, visual adapter, tokens in the encoder's input)
     "both": (True, True, False),               # the paper's VL-HyperPELT
@@ -56,6 +64,7 @@ class HyperPELTConfig:
     hyper_dim: int = 64             # E, d_I [R]
     projector_dim: int = 128        # h, hidden width of the projector of eq. (1) [R]
     bottleneck: int = 24            # R [R]
+    reparam_dim: int = 512          # Q, width of the hidden layer of eq. (11) [X: prefix-tuning; with it the paper's 1.14x, D]
     per_position: bool = True       # True: an embedding for each of the N positions [R]; False: one vector [X: HyperFormer]
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
@@ -153,6 +162,41 @@ class AdapterHypernetwork(nn.Module):
         return down, self.down_bias(mean), self.scale * up, self.scale * self.up_bias(mean)
 
 
+# ------------------------------------------------------------------- without a hypernetwork: the baselines, eq. (11)
+
+class LearnedWeights(nn.Module):
+    """The weights of all sites, trained themselves: what the hypernetworks give, in the same shapes, for each task apart."""
+
+    def __init__(self, config, t5_config, tasks, prefix_sites, adapter_sites):
+        super().__init__()
+        d_model, self.heads, self.adapters = t5_config.d_model, (t5_config.num_heads, t5_config.d_kv), len(adapter_sites)
+        self.layers = list(Counter(kind for kind, _ in prefix_sites).values())      # of each block type, in the order of the sites
+        if self.layers:                             # each block type has an embedding and a network of its own [X: prefix-tuning, MAM]
+            self.embedding = nn.Parameter(torch.randn(tasks, len(self.layers), config.prefix_length, d_model))          # E_tau
+            self.hidden = nn.ModuleList(nn.Linear(d_model, config.reparam_dim) for _ in self.layers)                    # W_a, c_a
+            self.out = nn.ModuleList(nn.Linear(config.reparam_dim, count * 2 * math.prod(self.heads)) for count in self.layers)
+        if self.adapters:
+            shape = tasks, self.adapters
+            self.down = nn.Parameter((2 * torch.rand(*shape, config.bottleneck, d_model) - 1) * d_model**-0.5)          # as nn.Linear
+            self.down_bias = nn.Parameter(torch.zeros(*shape, config.bottleneck))
+            self.up = nn.Parameter(torch.zeros(*shape, d_model, config.bottleneck))             # a no-op at first, as above
+            self.up_bias = nn.Parameter(torch.zeros(*shape, d_model))
+            self.scale = nn.Parameter(torch.ones(()))                                           # lambda: 1 here [X: MAM]
+
+    def forward(self, number):
+        """Number of a task -> P_k, P_v [sites, H, N, K]; (W_down [sites, R, D], b_down [sites, R], lambda W_up, lambda b_up);
+        () where there are no such sites."""
+        prefixes, adapters = [], ()
+        if self.layers:
+            for embedding, hidden, out, count in zip(self.embedding[number], self.hidden, self.out, self.layers):
+                p = out(torch.tanh(hidden(embedding)))                      # eq. (11): [N, layers*2*H*K]
+                prefixes.append(p.unflatten(1, (count, 2, *self.heads)).permute(2, 1, 3, 0, 4))             # [2, layers, H, N, K]
+            prefixes = torch.cat(prefixes, 1).unbind()
+        if self.adapters:
+            adapters = self.down[number], self.down_bias[number], self.scale * self.up[number], self.scale * self.up_bias[number]
+        return prefixes, adapters
+
+
 # ------------------------------------------------------- injection, at the seams of t5.py: eq. (3), (5), (6), (9), (10)
 # Each holds its parts: the task's, which all rows of a batch share, and for an image task the images', with a batch axis.
 
@@ -194,13 +238,17 @@ class HyperPELT(nn.Module):
         super().__init__()
         if config.method not in METHODS:
             raise UserError(f"method {config.method!r} is unknown; the known ones are {', '.join(METHODS)}")
+        if config.method == "hyperformer":
+            config = replace(config, per_position=False, hyper_norm=True)
         self.t5, self.tasks, self.config = t5, list(tasks), config
-        self.has_prefix, self.has_adapter, train_backbone = METHODS[config.method]
+        self.has_prefix, self.has_adapter, source = METHODS[config.method]
         visual_prefix, visual_adapter, tokens = VISION[config.vision] if config.visual_width else (False,) * 3
-        self.visual_prefix, self.visual_adapter = self.has_prefix and visual_prefix, self.has_adapter and visual_adapter
+        generated = source == "hypernetworks"
+        self.visual_prefix, self.visual_adapter = (generated and own and visual for own, visual in (
+            (self.has_prefix, visual_prefix), (self.has_adapter, visual_adapter)))
         if config.visual_width and not (self.visual_prefix or self.visual_adapter or tokens):
             raise UserError(f"method {config.method} with vision {config.vision} lets no image in; vision tokens does")
-        self.freeze(train_backbone, dtype)
+        self.freeze(config.method == "full", dtype)
         encoder, decoder, c = len(t5.encoder.blocks), len(t5.decoder.blocks), t5.config
         # The sites, in one order. A layer's id is its place in encoder, then decoder [C: the two counted apart].
         every = [(kind, i) for kind in BLOCK_TYPES for i in range(encoder if kind.startswith("encoder") else decoder)]
@@ -211,11 +259,12 @@ class HyperPELT(nn.Module):
         block_ids = [BLOCK_TYPES.index(kind) for kind, _ in sites]
         self.register_buffer("layer_ids", torch.tensor(layer_ids, dtype=torch.long), persistent=False)
         self.register_buffer("block_ids", torch.tensor(block_ids, dtype=torch.long), persistent=False)
-        if sites:
+        self.learned = LearnedWeights(config, c, len(self.tasks), self.prefix_sites, self.adapter_sites) if source == "learned" else None
+        if generated:
             self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder + decoder, self.visual_prefix or self.visual_adapter)
-        if self.has_prefix:
+        if generated and self.has_prefix:
             self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)
-        if self.has_adapter:
+        if generated and self.has_adapter:
             self.adapter_hypernetwork = AdapterHypernetwork(config, c.d_model)
         if self.visual_prefix:
             self.visual_prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)
@@ -245,7 +294,7 @@ class HyperPELT(nn.Module):
             if isinstance(module, AdapterHypernetwork):
                 module.up.weight.zero_()
                 module.up_bias.weight.zero_()
-        if self.prefix_sites + self.adapter_sites:
+        if hasattr(self, "hyper_embedding"):
             for table in (self.hyper_embedding.task, self.hyper_embedding.layer, self.hyper_embedding.block):
                 noise = self.config.position_noise
                 table.copy_((1 - noise) ** 0.5 * torch.randn_like(table[:, :1]) + noise ** 0.5 * torch.randn_like(table))
@@ -254,6 +303,11 @@ class HyperPELT(nn.Module):
         """name -> parameter, of all that is trained."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def by_task(self):
+        """name -> parameter, of those that hold a part for each task, on their first axis."""
+        names = ["hyper_embedding.task", *(f"learned.{name}" for name in ("embedding", "down", "down_bias", "up", "up_bias"))]
+        return {name: parameter for name, parameter in self.trained().items() if name in names}
+
     def generate_sites(self, task):
         """Generate the weights of all sites for one task: once per training step, once per evaluation.
 
@@ -261,14 +315,16 @@ class HyperPELT(nn.Module):
         """
         if not self.prefix_sites + self.adapter_sites:
             return {}
-        hyper = self.hyper_embedding(self.tasks.index(task), self.layer_ids, self.block_ids)        # [sites, N, E]
+        prefixes, adapters = (self.learned or self.generate)(self.tasks.index(task))
+        return ({site: Prefix(part) for site, part in self.by_site(self.prefix_sites, prefixes)}
+                | {site: Adapter(part) for site, part in self.by_site(self.adapter_sites, adapters)})
+
+    def generate(self, number):
+        """Number of a task -> P_k, P_v of the prefix sites; the four tensors of the adapter sites; () where there are none."""
+        hyper = self.hyper_embedding(number, self.layer_ids, self.block_ids)                        # [sites, N, E]
         for_prefixes, for_adapters = hyper.split([len(self.prefix_sites), len(self.adapter_sites)])
-        sites = {}
-        if self.has_prefix:
-            sites |= {site: Prefix(part) for site, part in self.by_site(self.prefix_sites, self.prefix_hypernetwork(for_prefixes))}
-        if self.has_adapter:
-            sites |= {site: Adapter(part) for site, part in self.by_site(self.adapter_sites, self.adapter_hypernetwork(for_adapters))}
-        return sites
+        return (self.prefix_hypernetwork(for_prefixes) if self.has_prefix else (),
+                self.adapter_hypernetwork(for_adapters) if self.has_adapter else ())
 
     def by_site(self, sites, tensors):
         """Several [sites, ...] -> pairs of a site and its own slices of them, in the dtype of the backbone."""
@@ -333,9 +389,10 @@ def main():
             raise UserError(f"{option}: found {value}, expected at least {least}")
     folder = Path(args.model)
     t5_config = T5Config.from_file(folder / "config.json") if folder.is_dir() else T5Config.from_name(args.model)
+    methods = [method for method, (*_, source) in METHODS.items() if source == "hypernetworks" or not args.visual_width]
     with torch.device("meta"):                                              # shapes without numbers
         models = {method: HyperPELT(T5(t5_config), [f"task {i}" for i in range(args.tasks)], HyperPELTConfig(method, visual_width=args.visual_width))
-                  for method in ("hyperprefix", "hyperadapter", "hyperpelt")}
+                  for method in methods}
     trained = models["hyperpelt"].trained()
     norms = {name: p for name, p in trained.items() if name.startswith("t5.")}
     rows = [("layer norms of the T5", f"{len(norms)} x {t5_config.d_model}", sum(p.numel() for p in norms.values()))]
@@ -344,12 +401,13 @@ def main():
         print(f"{name:40}{shape:>18}{count:>14,}")
     backbone = sum(p.numel() for p in models["hyperpelt"].t5.parameters())
     print(f"\n{args.model}: {backbone:,} parameters; {args.tasks} task{'s' * (args.tasks > 1)}\n\n"
-          f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   paper, T5-base, 8 tasks of text")
-    known = {"hyperprefix": "1.01x [printed]", "hyperadapter": "-", "hyperpelt": "1.02x, 0.24 % per task [reconstructed]"}
+          f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   published, T5-base, 8 tasks of text")
+    known = {"hyperprefix": "1.01x [printed]", "hyperpelt": "1.02x, 0.24 % per task [reconstructed]", "prefix": "1.14x [printed]",
+             "hyperformer": "1.02x, 0.29 % per task: HyperFormer++ itself, more sites [its paper]"}
     for method, model in models.items():
         count = sum(p.numel() for p in model.trained().values())
         print(f"{method:14}{count:>12,}{1 + count / backbone:>9.4f}x{100 * count / args.tasks / backbone:>9.3f} %"
-              f"{deployed(model):>14,}   {known[method]}")
+              f"{deployed(model):>14,}   {known.get(method, '-')}")
     print("\ntrained: what training changes and a checkpoint holds.  total: backbone + trained, of the backbone.\n"
           "per task: trained / tasks, of the backbone.  deployed: prefixes, adapters and norms once they are generated"
           + ("; an image's own are\nnot in it, they are generated for each image." if args.visual_width else "."))

@@ -212,6 +212,39 @@ def test_vector_form_and_norm(tmp_path):
     assert np.allclose(expected.transpose(1, 0, 2), site.parts[1][0][1].detach().numpy(), atol=1e-4)
 
 
+# --------------------------------------------------------------------------------------- baselines: weights learned as they are
+
+def test_learned_weights_equal_numpy(tmp_path):
+    """Eq. (11) site by site, of both tasks; adapters are the tensors themselves, W_up and b_up times lambda."""
+    model = make(tmp_path, method="mam", reparam_dim=7)
+    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    for number, task in enumerate(("rte", "stsb")):
+        sites, ffn = model.generate_sites(task), [site for site in model.generate_sites(task) if site[0].endswith("FFN")]
+        assert len(sites) == 3 + 3 + 2 + 2 + 2 and len(ffn) == 5
+        for k, (kind, layers) in enumerate(((ENCODER_SELF, 3), (DECODER_SELF, 2), (DECODER_CROSS, 2))):
+            both = linear(p, f"learned.out.{k}", np.tanh(linear(p, f"learned.hidden.{k}", p["learned.embedding"][number, k])))
+            for layer in range(layers):
+                for part, found in enumerate(sites[kind, layer].parts[0]):
+                    columns = both[:, (2 * layer + part) * 48:][:, :48]                          # [N, H*K]
+                    assert np.allclose(np.stack(np.split(columns, 3, 1)), found.detach().numpy(), atol=1e-4)
+        for i, site in enumerate(ffn):
+            scales = 1, 1, p["learned.scale"], p["learned.scale"]
+            for name, scale, found in zip(("down", "down_bias", "up", "up_bias"), scales, sites[site].parts[0]):
+                assert np.allclose(scale * p[f"learned.{name}"][number, i], found.detach().numpy(), atol=1e-5)
+
+
+def test_learned_adapters_act_as_generated_ones(tmp_path):
+    """The tensors that a hypernetwork generates, put into the baseline as its own, give the same logits: one injection."""
+    generated, learned = (make(tmp_path, method=method) for method in ("hyperadapter", "adapter"))
+    with torch.no_grad():
+        for number, task in enumerate(generated.tasks):
+            hyper = generated.hyper_embedding(number, generated.layer_ids, generated.block_ids)
+            learned.learned.scale.fill_(1)
+            for name, tensor in zip(("down", "down_bias", "up", "up_bias"), generated.adapter_hypernetwork(hyper)):
+                getattr(learned.learned, name)[number] = tensor
+            assert torch.equal(generated(*inputs(), task)[0], learned(*inputs(), task)[0])
+
+
 # ------------------------------------------------------------------------------------------------------------ prefix
 
 def test_prefix_leaves_bias_and_mask_alone(tmp_path):
@@ -343,8 +376,13 @@ def test_parameter_budget():
             if method == "hyperpelt":
                 assert hyperpelt.deployed(model) == norms + 8 * (36 * 2 * 49 * 768 + 24 * (2 * 24 * 768 + 24 + 768))
     assert counts["hyperprefix"] == 1_843_136 and counts["hyperpelt"] == 1_843_136 + adapter_heads
+    prefix = 8 * 3 * 49 * 768 + 3 * 769 * 512 + 3 * 513 * 12 * 2 * 768
+    adapter = 8 * 24 * (2 * 24 * 768 + 24 + 768) + 1
+    assert counts["prefix"] == norms + prefix and counts["adapter"] == norms + adapter and counts["mam"] == norms + prefix + adapter
+    vector = (8 + 24 + 5) * 768 + projector + 2 * 64
+    assert counts["hyperformer"] == norms + vector + adapter_heads
     assert counts["norms"] == norms and counts["full"] == 222_903_552
-    assert f"{1 + counts['hyperprefix'] / counts['full']:.2f} {1 + counts['hyperpelt'] / counts['full']:.2f}" == "1.01 1.02"
+    assert f"{1 + counts['hyperprefix'] / counts['full']:.2f} {1 + counts['hyperpelt'] / counts['full']:.2f} {1 + counts['prefix'] / counts['full']:.2f}" == "1.01 1.02 1.14"
     assert f"{100 * counts['hyperpelt'] / 8 / counts['full']:.2f}" == "0.24"
 
 
