@@ -48,13 +48,13 @@ class Task:
     labels: dict    # label in the file -> label word, the positive class second; empty: a score from 0 to 5
     metrics: tuple  # names of functions below
     rows: tuple     # of the official train and validation files
-    url: str = ""
+    url: str = ""              # of a zip; "": the files are not downloaded
     files: dict = field(default_factory=lambda: dict(train="train.tsv", validation="dev.tsv", submission="test.tsv"))
     header: bool = True        # False: columns are counted from 0 (the unlabelled test file has a header even then)
     short_lines: bool = False  # True: the official file has a few rows with too few columns; they are left out
 
 
-GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
+GLUE_URL, SUPERGLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/", "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
 SENTENCES, ENTAILMENT = dict(sentence1="sentence1", sentence2="sentence2"), ("entailment", "not_entailment")
 words = lambda *labels: dict(zip(labels, labels))  # the file holds the label words themselves
 
@@ -78,6 +78,17 @@ TASKS = {task.name: task for task in (
     Task("rte", "RTE", SENTENCES, "label", words(*ENTAILMENT), ("accuracy",), (2490, 277), GLUE_URL + "RTE.zip"),
     Task("wnli", "WNLI", SENTENCES, "label", {"0": "not_entailment", "1": "entailment"}, ("accuracy",), (635, 71),
          GLUE_URL + "WNLI.zip"),
+    # The paper's transfer tasks. The formats of the first two are T5's, of the other three our own [C].
+    Task("cb", "CB", dict(hypothesis="hypothesis", premise="premise"), "label", words("entailment", "contradiction", "neutral"),
+         ("accuracy",), (250, 56), SUPERGLUE_URL + "CB.zip", dict(train="train.jsonl", validation="val.jsonl")),
+    Task("boolq", "BoolQ", dict(passage="passage", question="question"), "label", {"false": "False", "true": "True"},
+         ("accuracy",), (9427, 3270), SUPERGLUE_URL + "BoolQ.zip", dict(train="train.jsonl", validation="val.jsonl")),
+    Task("imdb", "aclImdb", dict(sentence="text"), "label", {"neg": "negative", "pos": "positive"}, ("accuracy",),
+         (25000, 25000), files=dict(train="train", validation="test")),
+    Task("paws", "PAWS", SENTENCES, "label", {"0": "not_equivalent", "1": "equivalent"}, ("accuracy",), (49401, 8000),
+         files=dict(train="train.tsv", validation="dev.tsv", test="test.tsv")),
+    Task("trec", "TREC", dict(question="question"), "label", dict(ABBR="abbreviation", ENTY="entity", DESC="description", HUM="human",
+         LOC="location", NUM="number"), ("accuracy",), (5452, 500), files=dict(train="train_5500.label", validation="TREC_10.label")),
 )}
 GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]  # the paper's eight
 # MRPC comes from its own source; GLUE's dev set is a list of id pairs drawn from the training file.
@@ -114,20 +125,23 @@ def stsb_target(score):
     return f"{round(score * 5) / 5:.1f}"
 
 
+def read_text(path):
+    """A file as text, without a byte order mark (official MRPC has one). Raises UserError where it is missing or not UTF-8."""
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: line {raw.count(10, 0, error.start) + 1}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
+
+
 def read_rows(path, header, short_lines=False):
     """A tab-separated file without quoting -> (column names or None, list of (line number, list of cells)).
 
     Raises UserError where the file is missing, empty, not UTF-8, or has a line with another number of columns.
     """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    try:
-        text = raw.decode("utf-8-sig")                            # official MRPC starts with a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: line {raw.count(10, 0, error.start) + 1}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
-    lines = [line.rstrip("\r").split("\t") for line in text.rstrip("\r\n").split("\n")]
+    lines = [line.rstrip("\r").split("\t") for line in read_text(path).rstrip("\r\n").split("\n")]
     names = lines[0] if header else None
     if len(lines) < 1 + header or lines == [[""]]:
         raise UserError(f"{path}: found no rows, expected {'a header and ' if header else ''}at least one row")
@@ -140,12 +154,40 @@ def read_rows(path, header, short_lines=False):
     return names, rows
 
 
+def read_json_lines(path, columns):
+    """SuperGLUE's format, a JSON object a line -> the same as read_rows, with these columns; true becomes "true"."""
+    rows = [(number, parse_json(line, f"{path}: line {number}")) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    for number, row in rows:
+        check_entry(path, f"line {number}", row, {column: (str, int, bool) for column in columns})
+    return columns, [(number, [row[c] if type(row[c]) is str else json.dumps(row[c]) for c in columns]) for number, row in rows]
+
+
+def read_labels(path):
+    """TREC's format, Latin-1, "NUM:dist How far is it from Denver to Aspen ?" a line -> the same as read_rows."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().decode("latin-1").rstrip().split("\n"), 1):
+        kind, _, question = line.partition(" ")
+        rows.append((number, [kind.partition(":")[0], question]))
+    return ["label", "question"], rows
+
+
+def read_folder(path):
+    """IMDB's format, a text a file: path/pos/0_9.txt, path/neg/..., in the order of their names -> the same as read_rows."""
+    files = sorted(file for label in ("neg", "pos") for file in (path / label).glob("*.txt"))
+    return ["label", "text"], [(number, [file.parent.name, read_text(file).replace("\n", " ")]) for number, file in enumerate(files, 1)]
+
+
 def read_examples(task, path, labelled=True):
     """One file of a task -> list of Example. Raises UserError naming the line for a wrong column, label or score."""
     header = task.header or not labelled
-    names, rows = read_rows(path, header, task.short_lines)
     columns = list(task.fields.values()) if task.header or labelled else list(task.fields)
     columns += [task.column] if labelled else []
+    if path.is_dir():
+        names, rows = read_folder(path)
+    elif path.suffix in (".jsonl", ".label"):
+        names, rows = read_labels(path) if path.suffix == ".label" else read_json_lines(path, columns)
+    else:
+        names, rows = read_rows(path, header, task.short_lines)
     for column in columns:
         if (column not in names) if header else (column >= len(rows[0][1])):
             raise UserError(f"{path}: found columns {', '.join(names or rows[0][1])}; expected one named {column}")
@@ -190,7 +232,7 @@ def find_folder(task, data_dir):
         if folder.is_dir():
             return folder
     raise UserError(f"{Path(data_dir) / task.folder}: no such folder (nor {Path('glue') / task.folder} below {data_dir}); expected"
-                    f" the files of {task.name}; --download fetches them")
+                    f" the files of {task.name}{'; --download fetches them' * (task.name == 'mrpc' or bool(task.url))}")
 
 
 def permutation(count):
@@ -201,6 +243,8 @@ def permutation(count):
 def read_split(task, data_dir, split):
     """One official split of a task -> list of Example; `submission` is the file without labels."""
     folder = find_folder(task, data_dir)
+    if split not in task.files:
+        raise UserError(f"task {task.name} has no split {split}; it has {', '.join(task.files)}")
     path = folder / task.files[split]
     if task.name != "mrpc" or path.exists():
         if not path.exists():
@@ -226,7 +270,8 @@ def make_splits(task, data_dir, scheme="paper"):
 
     scheme "paper": fewer than 10,000 training rows: the validation file is halved into validation and test; else 1,000
     training rows become validation (and leave training), the validation file is test (HyperPELT, section 5.1).
-    scheme "official": train and validation as the files are; no test, whose labels are not public.
+    scheme "official": train and validation as the files are; no test, whose labels are not public. paws has a test file with
+    labels: its three files serve under both schemes [C].
     Image tasks have their official splits; scheme "paper": vqa and caption have Karpathy's [X] if dataset_coco.json is found.
     """
     if isinstance(task, ImageTask):
@@ -240,7 +285,7 @@ def make_splits(task, data_dir, scheme="paper"):
     if len(splits["train"]) < 2 or len(splits["validation"]) < 2:
         raise UserError(f"{find_folder(task, data_dir)}: found {len(splits['train'])} training and {len(splits['validation'])}"
                         " validation rows, expected at least 2 of each")
-    if scheme == "official":
+    if scheme == "official" or "test" in splits:
         return splits
     held_out = "validation" if len(splits["train"]) < 10_000 else "train"
     rows = splits[held_out]
@@ -250,6 +295,12 @@ def make_splits(task, data_dir, scheme="paper"):
     if held_out == "validation":
         return {**splits, "validation": first, "test": rest}
     return {**splits, "train": rest, "validation": first, "test": splits["validation"]}
+
+
+def draw_rows(examples, count, seed):
+    """`count` of the rows, drawn by the seed, in their order; the rows of a smaller count are among those of a larger one."""
+    chosen = np.random.default_rng([seed, 2**21]).permutation(len(examples))[:count]
+    return [examples[i] for i in sorted(chosen)]
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -418,7 +469,7 @@ class ImageTask:
 
 
 ID, TEXT, LIST = (int, str), (str,), (list,)
-KINDS = {int: "a whole number", str: "a string", list: "a list"}
+KINDS = {int: "a whole number", str: "a string", list: "a list", bool: "true or false"}
 KARPATHY = dict(train="train", restval="train", val="validation", test="test")  # restval: the part of val2014 that trains
 
 
@@ -872,7 +923,7 @@ def digest(path, content=None):
 
 
 def unpack(archive, folder):
-    """Put the .tsv files that lie directly in a zip's folder `folder.name` into `folder`. Refuses a zip with a path that
+    """Put the .tsv and .jsonl files that lie directly in a zip's folder `folder.name` into `folder`. Refuses a zip with a path that
     leaves it, a link, or more than 2 GB of content."""
     try:
         with zipfile.ZipFile(archive) as file:
@@ -885,7 +936,7 @@ def unpack(archive, folder):
                 raise UserError(f"{archive}: refused: more than 2 GB when unpacked")
             folder.mkdir(parents=True, exist_ok=True)
             for member in members:
-                if Path(member.filename).parent.name == folder.name and member.filename.endswith(".tsv"):
+                if Path(member.filename).parent.name == folder.name and member.filename.endswith((".tsv", ".jsonl")):
                     write_whole(folder / Path(member.filename).name, file.read(member))  # the zip's CRC is checked here
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{archive}: not a whole zip file ({error})") from None
@@ -893,7 +944,7 @@ def unpack(archive, folder):
 
 def download_task(task, data_dir):
     """Fetch those official files of a task that are not there yet into data_dir/FOLDER, and count their rows."""
-    if isinstance(task, ImageTask):
+    if isinstance(task, ImageTask) or not task.url and task.name != "mrpc":
         raise UserError(f"the files of {task.name} are not downloaded: put the official ones into {Path(data_dir) / task.folder}")
     folder = Path(data_dir) / task.folder
     wanted = list(task.files.values())

@@ -1,5 +1,6 @@
 """GLUE files, formats, splits, batches and metrics: against the real files, scikit-learn, scipy and rows worked by hand."""
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -40,6 +41,76 @@ def test_formats(name, lines, source, target, tmp_path):
     """One row of each official file -> T5's own text; quotes, BOM, CR and short QQP lines met."""
     example = row_of(TASKS[name], tmp_path, *lines)
     assert (example.source, example.target) == (source, target)
+
+
+@pytest.mark.parametrize("name, path, content, source, target, index", [
+    ("cb", "CB/train.jsonl", '{"premise": "It \u2019s so.", "hypothesis": "It is", "label": "neutral", "idx": 0}\n',
+     "cb hypothesis: It is premise: It \u2019s so.", "neutral", "0"),
+    ("boolq", "BoolQ/train.jsonl", '\n{"question": "is it", "passage": "It -- it is.", "idx": 9, "label": true}',
+     "boolq passage: It -- it is. question: is it", "True", "0"),
+    ("imdb", "aclImdb/train/pos/0_9.txt", "Good.<br />Really\tgood.\n", "imdb sentence: Good.<br />Really\tgood.", "positive", "0"),
+    ("paws", "PAWS/train.tsv", "id\tsentence1\tsentence2\tlabel\n1\tIn Paris , he .\tHe , in Paris .\t0\n",
+     "paws sentence1: In Paris , he . sentence2: He , in Paris .", "not_equivalent", "0"),
+    ("trec", "TREC/train_5500.label", b"HUM:ind Who wrote \xf0the : book ?\n", "trec question: Who wrote \xf0the : book ?", "human", "0"),
+])
+def test_formats_of_the_transfer_tasks(name, path, content, source, target, index, tmp_path):
+    """SuperGLUE's JSON lines, IMDB's folder of texts, PAWS' TSV, TREC's Latin-1 labels."""
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    example, = data.read_split(TASKS[name], tmp_path, "train")
+    assert (example.source, example.target, example.index) == (source, target, index)
+
+
+def test_wrong_files_of_the_transfer_tasks(tmp_path):
+    for path, content, words in (("CB/train.jsonl", '{"premise": "a", "hypothesis": "b", "label": "maybe"}', "line 1: found label 'maybe', expected one of entailment"),
+                                 ("CB/train.jsonl", '{"premise": "a", "label": "neutral"}', "line 1: found no hypothesis in"),
+                                 ("BoolQ/train.jsonl", '{"passage": "a", "question": "b", "label": null}', "line 1: found label 'None', expected label as a string"),
+                                 ("BoolQ/train.jsonl", '{"passage": "a", "question": "b", "label": true}\n{', "line 2: not JSON"),
+                                 ("TREC/train_5500.label", "WHO:ind Who ?", "line 1: found label 'WHO', expected one of ABBR")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(content)
+        task = next(task for task in TASKS.values() if path.startswith(task.folder))
+        with pytest.raises(UserError, match=words):
+            data.read_split(task, tmp_path, "train")
+    with pytest.raises(UserError, match="task trec has no split submission; it has train, validation"):
+        data.read_split(TASKS["trec"], tmp_path, "submission")
+
+
+def write_official(task, folder, split, count):
+    """`count` rows that all differ, in the official format of one of a task's files."""
+    label, path = list(task.labels or {"2.5": 0}), folder / task.folder / task.files[split]
+    rows = [{**{column: f"{split} {field} {i}" for field, column in task.fields.items()}, task.column: label[i % len(label)]} for i in range(count)]
+    if path.suffix == ".jsonl":
+        lines = [json.dumps({**row, "label": {"true": True, "false": False}.get(row["label"], row["label"])}) for row in rows]
+    elif path.suffix == ".label":
+        lines = [f"{row['label']}:x {row['question']}" for row in rows]
+    elif path.suffix == ".tsv":
+        columns = list(rows[0]) if task.header else [None, 1, None, 3]
+        lines = ["\t".join(map(str, columns))] * task.header + ["\t".join(str(row.get(column, "x")) for column in columns) for row in rows]
+    else:
+        for i, row in enumerate(rows):
+            write(path / row["label"], f"{i}_1.txt", row["text"])
+        return
+    write(path.parent, path.name, *lines)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_splits_are_disjoint(name, tmp_path):
+    """Every task, both schemes, all rows or a few drawn by several seeds: nothing twice, nothing lost."""
+    task, files = TASKS[name], [split for split in TASKS[name].files if not split.startswith("submission")]
+    for split in files:
+        write_official(task, tmp_path, split, 30 if split == "train" else 20)
+    for scheme in ("paper", "official"):
+        splits = data.make_splits(task, tmp_path, scheme)
+        assert splits.keys() == set(files) | ({"test"} if scheme == "paper" else set())
+        whole = [e.source for examples in splits.values() for e in examples]
+        assert len(whole) == len(set(whole)) == 30 + 20 * (len(files) - 1)
+    drawn = {}
+    for seed in range(5):
+        drawn[seed] = [{e.source for e in data.draw_rows(splits["train"], count, seed)} for count in (4, 16, 99)]
+        assert [len(part) for part in drawn[seed]] == [4, 16, 30] and drawn[seed][0] < drawn[seed][1] < drawn[seed][2]
+        assert not drawn[seed][2] & {e.source for e in splits["validation"]}
+    assert drawn[0][0] != drawn[1][0]
 
 
 def test_stsb_targets():
