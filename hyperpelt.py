@@ -201,6 +201,8 @@ class LearnedWeights(nn.Module):
 # Each holds its parts: the task's, which all rows of a batch share, and for an image task the images', with a batch axis.
 
 class Prefix:
+    names = "key", "value"
+
     def __init__(self, *parts):                                             # (P_k, P_v) [H, N, K]; images [B, H, N, K]
         self.parts, self.length = parts, sum(keys.size(-2) for keys, _ in parts)
 
@@ -210,6 +212,8 @@ class Prefix:
 
 
 class Adapter:
+    names = "down", "down_bias", "up", "up_bias"
+
     def __init__(self, *parts):                                             # (W_down, b_down, W_up, b_up)
         self.parts = parts                                                  # [R, D], [R], [D, R], [D]; images [B, R, D] ...
 
@@ -223,6 +227,21 @@ class Adapter:
         x = u.reshape(len(down), -1, u.size(-1))                            # the beams of an image share its weights
         x = F.relu(torch.baddbmm(down_bias[:, None], x, down.transpose(1, 2)))                      # [B, S, R]
         return torch.baddbmm(up_bias[:, None], x, up.transpose(1, 2)).view_as(u)                    # eq. (5), an image each
+
+
+def pack_sites(sites):
+    """A task's sites -> {name: tensor}, such as "encoder FFN.3.up_bias"."""
+    return {f"{kind}.{layer}.{name}": tensor for (kind, layer), site in sites.items() for name, tensor in zip(site.names, *site.parts)}
+
+
+def unpack_sites(tensors, dtype):
+    """{name: tensor} -> the sites that pack_sites had, in `dtype`."""
+    sites = {}
+    for cls in (Prefix, Adapter):
+        for kind, layer, name in (name.split(".") for name in tensors):
+            if name == cls.names[0]:
+                sites[kind, int(layer)] = cls([tensors[f"{kind}.{layer}.{name}"].to(dtype) for name in cls.names])
+    return sites
 
 
 # ------------------------------------------------------------------------------------------------------------- the model

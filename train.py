@@ -7,18 +7,24 @@
     python train.py --out runs/rte-hyperpelt --eval-only                                    # evaluate the best checkpoint
     python train.py --out runs/rte-hyperpelt --predict submission                           # write a GLUE submission file
     python train.py --task vqa --features features --data-dir vl ...                        # images; --task rte,vqa: both kinds
+    python train.py --task cb --n-train 16 --init-from runs/glue-hyperpelt --seeds 5 ...    # few rows, from a trained run, five times
+    python train.py --out runs/rte-hyperpelt --export rte.safetensors                       # plain prefixes, adapters and norms
+    python train.py --table runs/rte-hyperpelt runs/rte-prefix                              # runs side by side, as Markdown
+    torchrun --nproc_per_node=2 train.py ...                                                # one process a GPU
 
 A run's folder (--out) holds config.json (all settings), log.jsonl (a row for every few steps and every evaluation),
 metrics.json (the result), last.safetensors (what is trained, optimiser, generators, step: a run resumes from it exactly)
-and best.safetensors (what is trained, nothing else). The order of the code: settings, data, evaluation, checkpoints, loop, what
-is shown. With neither --model nor --data-dir a run uses the folder sample/ beside this file.
+and best.safetensors (what is trained, nothing else). The order of the code: settings, data, processes, evaluation, checkpoints,
+loop, what is shown. With neither --model nor --data-dir a run uses the folder sample/ beside this file.
 """
 import argparse
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shlex
+import signal
 import sys
 import textwrap
 import time
@@ -28,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,8 +43,9 @@ from tqdm import tqdm
 import data
 from data import UserError
 from clip_features import load_features
-from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig
-from t5 import T5, Tokenizer
+from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig, deployed, pack_sites, unpack_sites
+from t5 import T5, Tokenizer, public_name
+from torch.nn.parallel import DistributedDataParallel
 
 try:
     import resource
@@ -51,6 +59,7 @@ GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
 MAX_TARGET_LENGTH = 128    # [X: HyperFormer]
 LOG_EVERY = 10             # steps
 EVAL_BATCH = 64
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun sets them
 
 
 # -------------------------------------------------------------------------------------------------------- settings
@@ -71,18 +80,22 @@ OPTIONS = [  # name, type or choices, default, help
     ("data-dir", str, "", "folder with RTE/train.tsv or glue/RTE/train.tsv (default: the bundled sample; with --model or --download: glue)"),
     ("features", str, "", "folder with the images' features as clip_features.py writes them: train2014.npy, train2014.json, ... (default: none; the sample has its own)"),
     ("vision", [*VISION, "shuffled"], "both", "what an image gives: visual prefix and adapter, one of them, or tokens before the text; shuffled: both, of another image"),
-    ("method", list(METHODS), "hyperpelt", "hyperprefix: no adapters; hyperadapter: no prefixes; norms: neither; full: fine-tune all"),
+    ("method", list(METHODS), "hyperpelt", "hyperprefix: no adapters; hyperadapter: no prefixes; hyperformer: a vector as hyper-embedding, no prefixes; "
+     "prefix, adapter, mam (both): learned for each task without a hypernetwork; norms: neither; full: fine-tune all"),
     ("out", str, "", "folder of the run (default: runs/TASK-METHOD)"),
     ("split", ["paper", "official"], "paper", "paper: validation halved, or 1,000 training rows held out; official: as the files are"),
     ("steps", number(int, 1), 0, "training steps (default: what --epochs gives)"),
     ("epochs", number(float, 0.001), 6.0, "passes over the training rows"),
-    ("batch-size", number(int, 1), 32, "rows of a step"),
+    ("batch-size", number(int, 1), 32, "rows of a step, of all processes together"),
     ("lr", number(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; the paper's: 1e-3, R]"),
     ("schedule", ["constant", "linear"], "linear", "after the warm-up: constant, or linear to 0"),
     ("warmup-steps", number(int, 0), 10, "steps in which the learning rate rises from 0"),
     ("label-smoothing", number(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
     ("temperature", number(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
     ("max-source-length", number(int, 8), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
+    ("n-train", number(int, 1), 0, "training rows of each task, drawn by the seed (default: all)"),
+    ("init-from", str, "", "folder of a run whose trained weights this one begins with (default: none)"),
+    ("init-task", str, "", "its task whose embedding a new task begins with (default: the one with the least loss on training rows of the new one)"),
     ("prefix-length", number(int, 1), SIZES.prefix_length, "N, rows of a generated prefix"),
     ("bottleneck", number(int, 1), SIZES.bottleneck, "R, width of a generated adapter"),
     ("embedding-dim", number(int, 1), SIZES.embedding_dim, "width of the task, layer and block embeddings"),
@@ -91,14 +104,13 @@ OPTIONS = [  # name, type or choices, default, help
     ("precision", ["auto", "fp32", "bf16"], "auto", "bf16: frozen weights and activations in bfloat16; auto: where the machine is fast at it"),
     ("eval-every", number(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
 ]
-FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict", "ask")  # may differ from the saved run's
+FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict", "ask", "export", "seeds", "table")  # may differ from the saved run's
 # settings: the contents of backbone and data are compared instead
 
 
-def parse_settings():
-    """Command line -> settings (Namespace). For a run that exists they are the saved ones; another value is refused."""
+def parse_arguments():
+    """Command line -> {option: value}, of those that are given."""
     parser = data.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    defaults = {name.replace("-", "_"): default for name, _, default, _ in OPTIONS}
     for name, kind, default, text in OPTIONS:
         kind = dict(choices=kind) if isinstance(kind, list) else dict(type=kind, metavar=name.upper())
         here = f"; on the sample {SAMPLE_DEFAULTS[name.replace('-', '_')]}" if name.replace("-", "_") in SAMPLE_DEFAULTS else ""
@@ -112,16 +124,26 @@ def parse_settings():
                        help="write the answers of best.safetensors on a split as a GLUE submission file")
     group.add_argument("--ask", metavar="TEXT", nargs="+", help="answer by the run in --out: the texts of a task, of an image task then an image's id "
                        "(17, or val2014:17); the first task of the run that fits, or the one whose name stands before them")
-    given = vars(parser.parse_args())
+    group.add_argument("--export", metavar="FILE", help="write what best.safetensors of the run in --out generates for a task (--task) as plain tensors")
+    group.add_argument("--table", metavar="RUN", nargs="+", help="print runs as a table, Markdown: methods x tasks, mean and standard deviation over seeds")
+    parser.add_argument("--seeds", metavar="COUNT", type=number(int, 1), help="as many runs, from --seed on, in OUT/seed-...; with --resume those that are not finished")
+    return vars(parser.parse_args())
+
+
+def complete_settings(given):
+    """{option: value} -> settings (Namespace). For a run that exists they are the saved ones; another value is refused."""
+    given, defaults = dict(given), {name.replace("-", "_"): default for name, _, default, _ in OPTIONS}
     if given.get("precision", "auto") == "auto":
         given.pop("precision", None)                                         # nothing that could differ from a saved run
-    settings = {**defaults, **dict(download=False, resume=False, eval_only=False, predict="", ask=[]), **given}
+    settings = {**defaults, **dict(download=False, resume=False, eval_only=False, predict="", ask=[], export=""), **given}
     if not settings["data_dir"] and (settings["model"] or settings["download"]):
         settings["data_dir"] = "glue"
     elif not settings["data_dir"] or Path(settings["data_dir"]).resolve() == SAMPLE:
         settings = {**settings, **SAMPLE_DEFAULTS, **given, "data_dir": ""}        # "": the bundled sample, wherever it lies
     out = Path(settings["out"] or f"runs/{settings['task'].replace(',', '-')}-{settings['method']}")
-    settings["old"] = bool(settings["resume"] or settings["eval_only"] or settings["predict"] or settings["ask"])
+    settings["old"] = any(settings[name] for name in ("resume", "eval_only", "predict", "ask", "export"))
+    if settings["export"]:
+        settings["export_task"] = given.pop("task", "")                      # chooses one of the run's
     if settings["old"]:
         if not (out / "config.json").exists():
             command = ["python", "train.py", *(word for name in ("task", "method", "out") if name in given for word in (f"--{name}", given[name]))]
@@ -166,6 +188,10 @@ def load_data(settings, tasks, tokenizer):
         if settings.download:
             data.download_task(task, settings.data_dir)
         splits[name] = data.make_splits(task, settings.data_dir, settings.split)
+        if settings.n_train > len(splits[name]["train"]):
+            raise UserError(f"--n-train: found {settings.n_train}, {name} has {len(splits[name]['train'])} training rows")
+        if settings.n_train:
+            splits[name]["train"] = data.draw_rows(splits[name]["train"], settings.n_train, settings.seed)
         rows[name] = {split: encode(examples, tokenizer, settings) for split, examples in splits[name].items()}
     return splits, rows
 
@@ -222,15 +248,24 @@ def gather_images(rows):
     return torch.from_numpy(np.stack([array[i] for array, i in (row.image for row in rows)])) if rows[0].image else None
 
 
+def draw_tasks(counts, steps, temperature, seed):
+    """Numbers of training rows -> the task (its number) of each step, drawn with p ~ rows^(1/temperature)."""
+    share = np.array(counts) ** (1 / temperature)
+    return np.random.default_rng([seed, 0]).choice(len(counts), size=steps, p=share / share.sum())
+
+
 def make_batches(rows, settings):
-    """-> number of steps, and batch(step) -> task name, input ids [B, S], labels [B, T], features [B, N, V] or None. A function
-    of seed and step alone, so that a resumed run sees what the uninterrupted one would have seen."""
+    """-> number of steps, and batch(step) -> task name, input ids [B, S], labels [B, T], features [B, N, V] or None, share. A
+    function of seed and step alone, so that a resumed run sees what the uninterrupted one would have seen.
+
+    Of several processes each gets its own rows of the same batch; share is what its mean loss counts for, so that the mean over
+    the processes is the mean over all tokens of the batch: 1 of a single process, 0 of one that the last batch has no row for.
+    """
     rows = {name: by_split["train"] for name, by_split in rows.items()}
     names, size = list(rows), settings.batch_size
     per_epoch = {name: -(-len(rows[name]) // size) for name in names}
     steps = settings.steps or max(1, round(settings.epochs * sum(per_epoch.values())))
-    share = np.array([len(rows[name]) for name in names]) ** (1 / settings.temperature)
-    turns = np.random.default_rng([settings.seed, 0]).choice(len(names), size=steps, p=share / share.sum())  # task of each step
+    turns = draw_tasks([len(rows[name]) for name in names], steps, settings.temperature, settings.seed)
     lengths = {name: np.array([len(row.source) for row in rows[name]]) for name in names}
 
     @lru_cache(maxsize=len(names))
@@ -243,26 +278,73 @@ def make_batches(rows, settings):
         chosen = [rows[names[turn]][i] for i in plan(int(turn), epoch)[place]]
         draws = np.random.default_rng([settings.seed, 2**20, step]).random(len(chosen))  # which of its answers each row is to learn
         targets = [row.target(draw) for row, draw in zip(chosen, draws)]
-        return names[turn], *map(torch.from_numpy, (data.pad([row.source for row in chosen], 0), data.pad(targets, -100))), gather_images(chosen)
+        tokens, own = sum(map(len, targets)), slice(RANK, None, WORLD)
+        share = WORLD * sum(map(len, targets[own])) / tokens
+        chosen, targets = chosen[own] or chosen[:1], targets[own] or targets[:1]
+        ids, labels = (torch.from_numpy(data.pad(part, value)) for part, value in (([row.source for row in chosen], 0), (targets, -100)))
+        return names[turn], ids, labels, gather_images(chosen), share
 
     return steps, batch
 
 
-def fingerprint(t5, rows):
-    """Hashes of the backbone (config and the start of every tensor) and of the data's ids, to compare on --resume."""
-    backbone, texts = hashlib.sha256(repr(t5.config).encode()), hashlib.sha256()
+def backbone_mark(t5):
+    """A hash of the backbone, of config and the start of every tensor: to compare what is saved with."""
+    backbone = hashlib.sha256(repr(t5.config).encode())
     for tensor in t5.state_dict().values():
         backbone.update(tensor.flatten()[:256].float().numpy().tobytes())
+    return backbone.hexdigest()[:16]
+
+
+def data_mark(rows):
+    """A hash of the data's ids."""
+    texts = hashlib.sha256()
     for name, by_split in rows.items():
         for split, examples in by_split.items():
             texts.update(b"".join([f"{name} {split}".encode(), *(ids.tobytes() for row in examples for ids in (row.source, *row.targets))]))
-    return {"backbone": backbone.hexdigest()[:16], "data": texts.hexdigest()[:16]}
+    return texts.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------- several processes, under torchrun: one a device
+# All of them compute the same but for their rows of a batch; only the first one writes and prints.
+
+def join_processes():
+    """Begin when all are there; from here on only the first one prints."""
+    if WORLD > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
+
+
+def gather(value):
+    """-> the values of all processes, in a list."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def write_whole(path, content):
+    """The first process' file; all wait for it, since the next thing may be to read it."""
+    if RANK == 0:
+        data.write_whole(path, content)
+    gather(None)
+
+
+def leave(message, code):
+    sys.exit(code) if RANK else data.leave(message, code)
+
+
+def progress_bar(**more):
+    return tqdm(disable=None if RANK == 0 else True, **more)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 def answer(model, tokenizer, task, rows, stop):
-    """Rows -> answers as texts, or None when the user stops it. The task's generated weights are made once."""
+    """Rows -> answers as texts, or None when the user stops it. The task's generated weights are made once; several processes
+    share the batches out, and do not look at `stop`, which may be meant for one of them."""
     model.eval()
     device = next(model.parameters()).device
     # An answer that has not ended one token after the longest label word is none of them: longer ones are not asked for.
@@ -270,11 +352,11 @@ def answer(model, tokenizer, task, rows, stop):
     longest, beams = max(len(tokenizer.encode(word)) for word in words), 1
     if task.name in data.IMAGE_TASKS and not task.labels:                    # answers in free words
         longest, beams = task.max_answer, task.beams
-    order, texts = np.argsort([len(row.source) for row in rows], kind="stable"), [""] * len(rows)
+    order, texts = np.argsort([len(row.source) for row in rows], kind="stable"), {}
     with torch.no_grad():
         sites = model.generate_sites(task.name)
-        for start in tqdm(range(0, len(order), EVAL_BATCH), desc=f"evaluate {task.name}", leave=False, disable=None):
-            if stop:
+        for start in progress_bar(iterable=range(EVAL_BATCH * RANK, len(order), EVAL_BATCH * WORLD), desc=f"evaluate {task.name}", leave=False):
+            if stop and WORLD == 1:
                 return None
             chosen = order[start:start + EVAL_BATCH]
             ids, features = torch.from_numpy(data.pad([rows[i].source for i in chosen], 0)).to(device), gather_images([rows[i] for i in chosen])
@@ -282,7 +364,8 @@ def answer(model, tokenizer, task, rows, stop):
             outputs = model.t5.generate(ids, max_new_tokens=longest, num_beams=beams, **injected)
             for i, output in zip(chosen, outputs):
                 texts[i] = tokenizer.decode(output.tolist())
-    return texts
+    texts = {i: text for part in gather(texts) for i, text in part.items()}
+    return [texts[i] for i in range(len(rows))]
 
 
 def answer_all(model, tokenizer, tasks, rows, names, stop, known):
@@ -299,6 +382,20 @@ def answer_all(model, tokenizer, tasks, rows, names, stop, known):
 def score_all(tasks, splits, answers):
     """-> {task: {split: {metric: value}}}"""
     return {name: {split: data.score(tasks[name], texts, splits[name][split]) for split, texts in by_split.items()} for name, by_split in answers.items()}
+
+
+def averages(tasks, metrics, split):
+    """Of {task: {split: {metric: value}}} those by which checkpoints are chosen -> {"metrics": their mean, on GLUE the published average
+    over 11; "tasks": the mean over tasks of each one's own mean}."""
+    values = [[metrics[name][split][metric] for metric in task.metrics] for name, task in tasks.items()]
+    return {"metrics": float(np.mean(sum(values, []))), "tasks": float(np.mean([np.mean(part) for part in values]))}
+
+
+def answer_loss(model, name, rows):
+    """Rows of a task -> logits [B, T, V] of each one's (first) right answer, their loss, the answers [B, T]."""
+    tensors = torch.from_numpy(data.pad([r.source for r in rows], 0)), torch.from_numpy(data.pad([r.targets[0] for r in rows], -100)), gather_images(rows)
+    ids, labels, features = (None if tensor is None else tensor.to(model.layer_ids.device) for tensor in tensors)
+    return *model(ids, ids != 0, labels, name, features=features), labels
 
 
 @torch.no_grad()
@@ -318,7 +415,7 @@ def show(result):
 def save_tensors(path, tensors, metadata):
     """safetensors, written aside and renamed: the previous file stays until the new one is whole."""
     # One key of metadata: with several, safetensors writes them in an order that differs from run to run.
-    data.write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"hyperpelt": json.dumps(metadata)}))
+    write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"hyperpelt": json.dumps(metadata)}))
 
 
 def load_tensors(path, expected, keys):
@@ -354,9 +451,9 @@ def training_state(model, optimiser):
         if not state:
             state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         tensors.update({f"trained.{name}": parameter, **{f"{part}.{name}": state[part] for part in ("step", "exp_avg", "exp_avg_sq")}})
-    tensors["generator.cpu"] = torch.get_rng_state()
+    tensors["generator.cpu"] = torch.stack(gather(torch.get_rng_state()))    # a row a process
     if torch.cuda.is_available():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+        tensors["generator.cuda"] = torch.stack(gather(torch.cuda.get_rng_state()))
     return tensors
 
 
@@ -372,9 +469,9 @@ def load_last(path, model, optimiser):
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
     try:
-        torch.set_rng_state(found["generator.cpu"])
+        torch.set_rng_state(found["generator.cpu"][RANK].clone())            # a row's place in memory would not do
         if "generator.cuda" in found:
-            torch.cuda.set_rng_state(found["generator.cuda"])
+            torch.cuda.set_rng_state(found["generator.cuda"][RANK].clone())
     except RuntimeError as error:
         raise UserError(f"{path}: tensor generator: {error}") from None
     return progress
@@ -387,6 +484,84 @@ def load_best(path, model):
     for name, parameter in model.trained().items():
         parameter.copy_(found[name])
     return metadata["step"]
+
+
+def read_run(folder):
+    """config.json of a run's folder -> dict. Raises UserError where it is missing or lacks a part."""
+    record = data.read_json(Path(folder) / "config.json", "settings", "fingerprints", "hyperpelt", "image_sets")
+    for name, kind in (("tasks", list), ("trained_parameters", int), ("backbone_parameters", int)):
+        if type(record.get(name)) is not kind:
+            raise UserError(f"{folder}/config.json: {name}: found {record.get(name)!r}, expected {kind.__name__}")
+    return record
+
+
+@torch.no_grad()
+def start_from(model, rows, marks, settings):
+    """Copy what another run has trained (--init-from). A task's own part is taken from the run's task of that name, from --init-task,
+    or from the nearest one: that with which the loss on the new task's first training rows is the least [C]."""
+    folder = Path(settings.init_from)
+    record = read_run(folder)
+    old, own = record["tasks"], json.loads(json.dumps(dataclasses.asdict(model.config)))
+    differences = [f"{k} was {record['hyperpelt'].get(k)}, is {v}" for k, v in own.items() if record["hyperpelt"].get(k) != v]
+    if record["fingerprints"].get("backbone") != marks["backbone"]:
+        differences.append("it had another backbone")
+    if differences:
+        raise UserError(f"{folder}/config.json: a run to begin with must be like this one; {'; '.join(differences)}")
+    if settings.init_task not in ["", *old]:
+        raise UserError(f"--init-task: found {settings.init_task}, {folder} has {', '.join(old)}")
+    by_task = model.by_task()
+    expected = {name: torch.empty(len(old), *p.shape[1:], device="meta") if name in by_task else p for name, p in model.trained().items()}
+    found, _ = load_tensors(folder / "best.safetensors", expected, dict(step=int))
+    for name, parameter in model.trained().items():
+        if name not in by_task:
+            parameter.copy_(found[name])
+
+    def place(task, source):
+        for name, parameter in by_task.items():
+            parameter[model.tasks.index(task)].copy_(found[name][old.index(source)])
+
+    model.eval()
+    for task in model.tasks if by_task else []:
+        first, losses = rows[task]["train"][:EVAL_BATCH], {}
+        for source in [settings.init_task] if settings.init_task else [task] if task in old else old:
+            place(task, source)
+            losses[source] = answer_loss(model, task, first)[1].item()
+        place(task, min(losses, key=losses.get))
+        print(f"{task} begins as {min(losses, key=losses.get)}; loss on {len(first)} training rows: {', '.join(f'{k} {v:.3f}' for k, v in losses.items())}")
+
+
+def export(model, tasks, mark, settings):
+    """Write one task's weights as they are after generation, and the layer norms: nothing of the hypernetworks is left."""
+    name = settings.export_task or list(tasks)[0]
+    if name not in tasks or len(tasks) > 1 and not settings.export_task or name in data.IMAGE_TASKS:
+        raise UserError(f"--export: found --task {settings.export_task or 'not given'}; expected one of the run's tasks without images, whose weights"
+                        f" differ from image to image: {', '.join(task for task in tasks if task not in data.IMAGE_TASKS)}")
+    model.t5.dtype = torch.float32                                           # as they are generated, not as a bf16 run uses them
+    with torch.no_grad():
+        tensors = pack_sites(model.generate_sites(name))
+    tensors |= {public_name(key.removeprefix("t5.")): p for key, p in model.trained().items() if key.startswith("t5.")}
+    save_tensors(Path(settings.export), tensors, dict(task=name, method=settings.method, backbone=mark))
+    print(f"{settings.export}: {name}, {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} deployed parameters (float32)")
+
+
+def load_exported(path, t5):
+    """What --export wrote, for its own T5 as T5.from_pretrained gives it -> sites for T5.forward and T5.generate. The T5 gets the trained
+    layer norms. Raises UserError for a damaged file and another T5."""
+    own = {public_name(name): parameter for name, parameter in t5.named_parameters()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = json.loads((file.metadata() or {})["hyperpelt"]), {name: file.get_tensor(name) for name in file.keys()}
+        if metadata["backbone"] != backbone_mark(t5):
+            raise UserError(f"{path}: was made for another T5: found {metadata['backbone']}, this one is {backbone_mark(t5)}")
+        sites = unpack_sites({name: tensor for name, tensor in tensors.items() if name not in own}, t5.dtype)
+        with torch.no_grad():
+            for name in own.keys() & tensors.keys():
+                own[name].copy_(tensors[name])
+        return sites
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a file that --export wrote ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
@@ -433,57 +608,68 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
     log_path = out / "log.jsonl"
     if settings.resume:
         progress = load_last(out / "last.safetensors", model, optimiser)
-        data.write_whole(log_path, "".join(line + "\n" for line in read_log(log_path, progress["step"])).encode())
+        write_whole(log_path, "".join(line + "\n" for line in read_log(log_path, progress["step"])).encode())
         print(f"resumed at step {progress['step']} of {steps}")
     else:
         save_last(out / "last.safetensors", model, optimiser, progress)      # from here on there is something to resume
-    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=None)
-    log = open(log_path, "a", buffering=1)
+    together = model if WORLD == 1 else DistributedDataParallel(
+        model, [device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=len(tasks) > 1)
+    bar = progress_bar(total=steps, initial=progress["step"], unit="step")
+    log = open(log_path if RANK == 0 else os.devnull, "a", buffering=1)
+    if RANK:
+        progress.update(right=0, seen=0)                                     # the first process has those of all
     examples, since, right = 0, time.perf_counter(), torch.tensor(progress["right"], device=device)
+
+    def save_progress():
+        counts = gather((int(right), progress["seen"]))
+        save_last(out / "last.safetensors", model, optimiser, {**progress, "right": sum(r for r, _ in counts), "seen": sum(n for _, n in counts)})
+
     while True:
         step = progress["step"]
         if step > progress["evaluated"] and (step % eval_every == 0 or step == steps):
             answers = answer_all(model, tokenizer, tasks, rows, ["validation"], stop, {})
             if answers is not None:
                 result = score_all(tasks, splits, answers)
-                mean = float(np.mean([np.mean([by_split["validation"][metric] for metric in tasks[name].metrics]) for name, by_split in result.items()]))
+                mean = averages(tasks, result, "validation")["tasks"]
                 if mean > progress["best"]:
                     progress.update(best=mean, best_step=step)
                     best_answers = answers
                     save_tensors(out / "best.safetensors", model.trained(), dict(step=step))
-                progress.update(evaluated=step, right=int(right))
+                progress.update(evaluated=step)
                 log.write(json.dumps(dict(step=step, validation=result, mean=mean)) + "\n")
                 tqdm.write(f"step {step} of {steps}   {show(result)}")
-                save_last(out / "last.safetensors", model, optimiser, progress)
+                save_progress()
             examples, since = 0, time.perf_counter()
-        if stop:
-            progress["right"] = int(right)
-            save_last(out / "last.safetensors", model, optimiser, progress)
+        stopping = stop if WORLD == 1 else sum(gather(stop), []) if step % LOG_EVERY == 0 else []   # all stop at the same step
+        if stopping:
+            save_progress()
             bar.close()
-            data.leave(f"stopped at step {step}; go on with: python train.py --out {out} --resume", 128 + stop[0])
+            leave(f"stopped at step {step}; go on with: python train.py --out {out} --resume", 128 + stopping[0])
         if step == steps:
             break
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings)
-        name, *tensors = batch(step)
+        name, *tensors, share = batch(step)
         input_ids, labels, features = (None if tensor is None else tensor.to(device) for tensor in tensors)
-        logits, loss = model(input_ids, input_ids != 0, labels, name, settings.label_smoothing, features)
-        loss.backward()
+        logits, loss = together(input_ids, input_ids != 0, labels, name, settings.label_smoothing, features)
+        (share * loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
         if not torch.isfinite(norm):
             raise UserError(f"step {step + 1}, task {name}: loss {loss.item()}, gradient norm {norm.item()}: the run diverged; "
                             f"the last good checkpoint stays in {out}; start again in another --out with a lower --lr or a longer warm-up")
         optimiser.step()
         optimiser.zero_grad()
-        right += count_right(logits, labels)
         progress["step"] += 1
-        progress["seen"] += len(input_ids)
         bar.update()
-        examples += len(input_ids)
+        if share:
+            right += count_right(logits, labels)
+            progress["seen"] += len(input_ids)
+            examples += len(input_ids)
         if progress["step"] % LOG_EVERY == 0:
+            losses, rights, seen, examples = map(sum, zip(*gather((share / WORLD * loss.item(), int(right), progress["seen"], examples))))
             rate = examples / (time.perf_counter() - since)
-            row = dict(step=progress["step"], task=name, loss=round(loss.item(), 5), accuracy=round(int(right) / progress["seen"], 5),
+            row = dict(step=progress["step"], task=name, loss=round(losses, 5), accuracy=round(rights / seen, 5),
                        lr=optimiser.param_groups[0]["lr"], examples_per_s=round(rate, 1), peak_memory_mb=peak_memory_mb())
             log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}, {rate:.0f} examples/s, {row['peak_memory_mb']} MB, "
@@ -496,41 +682,81 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
 
 
 def main():
+    try:
+        command(parse_arguments())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (UserError, OSError):
+        if RANK:                                                             # if the first one says the same, torchrun ends this one now
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        raise
+    except RuntimeError as error:
+        if WORLD == 1 or not re.search("gloo|NCCL", str(error)):
+            raise
+        raise UserError(f"process {RANK} of {WORLD}: another one has gone ({str(error)[:120]})") from None
+
+
+def command(given):
+    if "table" in given:
+        return print(table(given["table"]))
+    if "seeds" not in given:
+        return run_once(complete_settings(given))
+    out, seed = given.get("out") or complete_settings({**given, "resume": False}).out, given.get("seed", 0)
+    folders = [Path(out) / f"seed-{i}" for i in range(seed, seed + given.pop("seeds"))]
+    for folder in folders:
+        resume, started = given.get("resume", False), (folder / "config.json").exists()
+        if not (resume and (folder / "metrics.json").exists()):
+            run_once(complete_settings({**given, "out": str(folder), "seed": int(folder.name.removeprefix("seed-")), "resume": resume and started}))
+    print("\n" + table(folders))
+
+
+def run_once(settings):
     started = time.perf_counter()
-    settings = parse_settings()
+    join_processes()
     out = Path(settings.out)
-    saved = data.read_json(out / "config.json", "fingerprints", *["image_sets"] * bool(settings.ask)) if settings.old else {}
+    saved = read_run(out) if settings.old else {}
     torch.manual_seed(settings.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer, tasks = Tokenizer.from_pretrained(settings.model), find_tasks(settings)
-    splits, rows = ({}, {}) if settings.ask else load_data(settings, tasks, tokenizer)
+    without_data = bool(settings.ask or settings.export)
+    splits, rows = ({}, {}) if without_data else load_data(settings, tasks, tokenizer)
     t5 = T5.from_pretrained(settings.model)
     if tokenizer.first_sentinel >= t5.config.vocab_size:
         raise UserError(f"{settings.model}: spiece.model and sentinels give {tokenizer.first_sentinel + 1} ids, config.json says vocab_size {t5.config.vocab_size}")
-    if settings.ask:
+    if without_data:
         images, width, feature_mark = open_features(settings, list(saved["image_sets"]))
     else:
         width, feature_mark = load_images(settings, splits, rows)
-    marks = {**fingerprint(t5, rows), **feature_mark, "device": device.type}
+    marks = {"backbone": backbone_mark(t5), "data": data_mark(rows), **feature_mark, "device": f"{device.type}{f' x {WORLD}' * (WORLD > 1)}"}
     sizes = {f.name: getattr(settings, f.name) for f in dataclasses.fields(HyperPELTConfig) if hasattr(settings, f.name)}
     sizes.update(visual_width=width, vision="both" if settings.vision == "shuffled" else settings.vision)
     model = HyperPELT(t5, list(tasks), HyperPELTConfig(**sizes), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     model.to(device)
+    if RANK:
+        torch.manual_seed(settings.seed + 2**32 * RANK)                      # the same weights, but dropout of its own
     count = sum(parameter.numel() for parameter in model.trained().values())
     share = f"{count:,} trained parameters, {count / sum(p.numel() for p in t5.parameters()):.1%} of the T5's"
     if settings.old:
-        unchecked = {"device": not settings.resume, "data": settings.ask}    # --ask reads no data
+        unchecked = {"device": not settings.resume, "data": without_data}
         for what in (what for what in marks if not unchecked.get(what)):
             if saved["fingerprints"].get(what) != marks[what]:
                 raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        record = dict(settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), trained_parameters=count,
+        if settings.init_from:
+            start_from(model, rows, marks, settings)
+        record = dict(settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=count,
+                      deployed_parameters=deployed(model), backbone_parameters=sum(p.numel() for p in t5.parameters()),
                       hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
-        data.write_whole(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
+        write_whole(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
     if settings.ask:
         load_best(out / "best.safetensors", model)
         return ask(model, tokenizer, tasks, images, settings)
+    if settings.export:
+        load_best(out / "best.safetensors", model)
+        print(f"{settings.method}: {share}")
+        return export(model, tasks, marks["backbone"], settings)
     introduce(t5, splits, settings)
     print(f"{settings.method}, {settings.precision}, {device.type}: {share}")
     if settings.predict:
@@ -541,13 +767,15 @@ def main():
     best_step = load_best(out / "best.safetensors", model)
     answers = answer_all(model, tokenizer, tasks, rows, ["validation", "test", "mismatched"], stop, known)
     if answers is None:
-        data.leave(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
+        leave(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
     metrics = score_all(tasks, splits, answers)
     majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split}
                 for name, by_split in answers.items()}
-    data.write_whole(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, majority=majority), indent=1).encode() + b"\n")
-    report(tasks, splits, answers, metrics, majority, settings)
-    draw(model, tasks, majority, out)
+    means = {split: averages(tasks, metrics, split) for split in ("validation", "test") if all(split in by_split for by_split in metrics.values())}
+    write_whole(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, average=means, majority=majority), indent=1).encode() + b"\n")
+    report(tasks, splits, answers, metrics, majority, means, settings)
+    if RANK == 0:
+        draw(model, tasks, majority, out)
     print(f"{share}; best step {best_step:,}, saved in {out}; {time.perf_counter() - started:.0f} s")
 
 
@@ -571,7 +799,7 @@ def predict(model, tokenizer, tasks, splits, rows, settings):
                 load_images(settings, {task.name: known}, rows)              # all once more: their features must be alike
             examples, path = known[split], Path(settings.out) / file
             texts = answer(model, tokenizer, task, rows[task.name][split], [])
-            unknown = (data.write_results if visual else data.write_submission)(path, task, texts, examples)
+            unknown = (data.write_results if visual else data.write_submission)(path, task, texts, examples) if RANK == 0 else 0
             print(f"{path}: {len(examples):,} predictions" + (f"; {unknown} answers were no label" if unknown else ""))
 
 
@@ -594,11 +822,13 @@ def align(rows):
     return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def report(tasks, splits, answers, metrics, majority, settings):
+def report(tasks, splits, answers, metrics, majority, means, settings):
     """Print the metrics beside those of a constant answer, five answers of every task, and how to go on."""
     print("\n" + align([("task", "split", "metric", "value", "majority", "rows"), *(
         (name, split, metric, f"{value:.4f}", f"{majority[name][split][metric]:.4f}", f"{len(answers[name][split]):,}")
         for name, by_split in metrics.items() for split, values in by_split.items() for metric, value in values.items())]))
+    for split, mean in means.items() if len(tasks) > 1 else []:
+        print(f"mean of the {sum(len(task.metrics) for task in tasks.values())} metrics on {split} {mean['metrics']:.4f}, of the {len(tasks)} tasks {mean['tasks']:.4f}")
     for name, task in tasks.items():
         split = "test" if "test" in answers[name] else "validation"
         pairs = [(splits[name][split][i], answers[name][split][i]) for i in np.random.default_rng(settings.seed).permutation(len(answers[name][split]))[:5]]
@@ -646,11 +876,44 @@ def ask(model, tokenizer, tasks, images, settings):
     print(" ".join(parts) + (f"   [{image[1]}]" if visual else ""))
     print(answer(model, tokenizer, task, rows[:1], [])[0])
     if words:
-        tensors = torch.from_numpy(data.pad([r.source for r in rows], 0)), torch.from_numpy(data.pad([r.targets[0] for r in rows], -100)), gather_images(rows)
-        ids, labels, features = (None if tensor is None else tensor.to(model.layer_ids.device) for tensor in tensors)
-        logits, _ = model(ids, ids != 0, labels, name, features=features)                                         # [words, T, V]
+        logits, _, labels = answer_loss(model, name, rows)                                                        # [words, T, V]
         told = logits.float().log_softmax(2).gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0] * (labels >= 0)  # [words, T]
         print(align([(f"  {word}", f"{chance:.4f}") for word, chance in zip(words, told.sum(1).softmax(0).tolist())]))
+
+
+def table(folders):
+    """Folders of finished runs, or of their seed-... folders -> a Markdown table: a row for each method (and other settings), a column
+    for each task, mean and standard deviation over seeds in percent. Runs of one task each share a row. Raises UserError."""
+    runs, names, groups = [], {}, {}
+    for folder in map(Path, folders):
+        runs += [folder] if (folder / "config.json").exists() else sorted(folder.glob("seed-*")) or [folder]
+    for folder in runs:
+        config, metrics = read_run(folder), data.read_json(folder / "metrics.json", "average")
+        settings = {k: v for k, v in config["settings"].items() if k not in ("out", "seed", "data_dir", "features")}
+        tasks = {name: data.find_task(name) for name in config["tasks"]}
+        if len(tasks) == 1:
+            settings["task"] = "one each"
+        seeds = groups.setdefault(json.dumps(settings), {}).setdefault(config["settings"]["seed"], {})
+        for name, task in tasks.items():
+            values = metrics[name].get("test", metrics[name]["validation"])
+            names[name] = f"{name} {', '.join(task.metrics)}, {'test' if 'test' in metrics[name] else 'validation'}"
+            seeds[name] = dict(values=[values[metric] for metric in task.metrics], trained=config["trained_parameters"] / len(tasks),
+                               share=config["trained_parameters"] / len(tasks) / config["backbone_parameters"])
+    spread = lambda values: f"{100 * np.mean(values):.2f}" + (f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+    settings = [json.loads(key) for key in groups]
+    lines = [["method", "trained", "of the T5", "seeds", *names.values(), "mean of metrics", "mean of tasks"]]
+    for own, by_seed in zip(settings, groups.values()):
+        alike = [other for other in settings if other["method"] == own["method"]]
+        label = own["method"] + "".join(f", {k} {v}" for k, v in own.items() if any(other.get(k) != v for other in alike))
+        first, cells = next(iter(by_seed.values())), []
+        for name in names:
+            values = [seed[name]["values"] for seed in by_seed.values() if name in seed]
+            cells.append(" / ".join(map(spread, zip(*values))) or "-")
+        whole = [[seed[name]["values"] for name in names] for seed in by_seed.values() if seed.keys() >= names.keys()]
+        cells += [spread([np.mean(sum(values, [])) for values in whole]), spread([np.mean([np.mean(v) for v in values]) for values in whole])] if whole else ["-", "-"]
+        lines.append([label, f"{sum(task['trained'] for task in first.values()):,.0f}", f"{sum(task['share'] for task in first.values()):.2%}", str(len(by_seed)), *cells])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(model, tasks, majority, out):

@@ -159,7 +159,7 @@ def test_mistakes_of_asking(first, mixed, sample, tmp_path):
 def test_which_data(first, sample, glue, monkeypatch, tmp_path):
     def settings(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "run"), *map(str, arguments)])
-        return train_module.parse_settings()
+        return train_module.complete_settings(train_module.parse_arguments())
 
     defaults = {name.replace("-", "_"): default for name, _, default, _ in train_module.OPTIONS}
     assert all(type(value) is type(defaults[name]) for name, value in train_module.SAMPLE_DEFAULTS.items())    # as --resume wants them

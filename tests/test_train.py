@@ -214,7 +214,7 @@ def test_wrong_command_lines(checkpoint, glue, tmp_path, monkeypatch):
                        (["--predict", "test"], "config.json: no such file"), (["--resume"], "config.json: no such file")):
         monkeypatch.setattr(sys, "argv", [*map(str, base + more)])
         with pytest.raises(data.UserError, match=word):
-            train_module.parse_settings()
+            train_module.complete_settings(train_module.parse_arguments())
     for more, word in ((["--task", "rtf"], "'rtf' is unknown"), (["--model", "t5-bse"], "'t5-bse' is neither"), (["--data-dir", tmp_path], "no such folder"),
                        (["--batch-size", "0"], "int from 1 to")):
         assert word in run(*base, *more, ok=False)[1]
