@@ -743,9 +743,9 @@ def run_once(settings):
             if saved["fingerprints"].get(what) != marks[what]:
                 raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}")
     else:
-        out.mkdir(parents=True, exist_ok=True)
         if settings.init_from:
             start_from(model, rows, marks, settings)
+        out.mkdir(parents=True, exist_ok=True)
         record = dict(settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=count,
                       deployed_parameters=deployed(model), backbone_parameters=sum(p.numel() for p in t5.parameters()),
                       hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
@@ -884,35 +884,34 @@ def ask(model, tokenizer, tasks, images, settings):
 def table(folders):
     """Folders of finished runs, or of their seed-... folders -> a Markdown table: a row for each method (and other settings), a column
     for each task, mean and standard deviation over seeds in percent. Runs of one task each share a row. Raises UserError."""
-    runs, names, groups = [], {}, {}
-    for folder in map(Path, folders):
-        runs += [folder] if (folder / "config.json").exists() else sorted(folder.glob("seed-*")) or [folder]
-    for folder in runs:
-        config, metrics = read_run(folder), data.read_json(folder / "metrics.json", "average")
+    runs = [run for folder in map(Path, folders) for run in ([folder] if (folder / "config.json").exists() else sorted(folder.glob("seed-*")) or [folder])]
+    columns, groups = {}, {}                                                 # {task: heading}, {settings: {seed: {task: (values, trained, share)}}}
+    for run in runs:
+        config, metrics = read_run(run), data.read_json(run / "metrics.json", "average")
         settings = {k: v for k, v in config["settings"].items() if k not in ("out", "seed", "data_dir", "features")}
-        tasks = {name: data.find_task(name) for name in config["tasks"]}
-        if len(tasks) == 1:
-            settings["task"] = "one each"
-        seeds = groups.setdefault(json.dumps(settings), {}).setdefault(config["settings"]["seed"], {})
-        for name, task in tasks.items():
-            values = metrics[name].get("test", metrics[name]["validation"])
-            names[name] = f"{name} {', '.join(task.metrics)}, {'test' if 'test' in metrics[name] else 'validation'}"
-            seeds[name] = dict(values=[values[metric] for metric in task.metrics], trained=config["trained_parameters"] / len(tasks),
-                               share=config["trained_parameters"] / len(tasks) / config["backbone_parameters"])
-    spread = lambda values: f"{100 * np.mean(values):.2f}" + (f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-    settings = [json.loads(key) for key in groups]
-    lines = [["method", "trained", "of the T5", "seeds", *names.values(), "mean of metrics", "mean of tasks"]]
-    for own, by_seed in zip(settings, groups.values()):
-        alike = [other for other in settings if other["method"] == own["method"]]
-        label = own["method"] + "".join(f", {k} {v}" for k, v in own.items() if any(other.get(k) != v for other in alike))
-        first, cells = next(iter(by_seed.values())), []
-        for name in names:
-            values = [seed[name]["values"] for seed in by_seed.values() if name in seed]
-            cells.append(" / ".join(map(spread, zip(*values))) or "-")
-        whole = [[seed[name]["values"] for name in names] for seed in by_seed.values() if seed.keys() >= names.keys()]
-        cells += [spread([np.mean(sum(values, [])) for values in whole]), spread([np.mean([np.mean(v) for v in values]) for values in whole])] if whole else ["-", "-"]
-        lines.append([label, f"{sum(task['trained'] for task in first.values()):,.0f}", f"{sum(task['share'] for task in first.values()):.2%}", str(len(by_seed)), *cells])
-    lines.insert(1, ["---"] * len(lines[0]))
+        settings["task"] = settings["task"] if len(config["tasks"]) > 1 else "one each"
+        trained = config["trained_parameters"] / len(config["tasks"])
+        by_task = groups.setdefault(json.dumps(settings), {}).setdefault(config["settings"].get("seed"), {})
+        for name, task in ((name, data.find_task(name)) for name in config["tasks"]):
+            split = "test" if "test" in metrics.get(name, {}) else "validation"
+            if any(type(metrics.get(name, {}).get(split, {}).get(metric)) is not float for metric in task.metrics):
+                raise UserError(f"{run}/metrics.json: {name}: {split}: expected {', '.join(task.metrics)} as numbers")
+            columns[name] = f"{name} {', '.join(task.metrics)}, {split}"
+            by_task[name] = [metrics[name][split][metric] for metric in task.metrics], trained, trained / config["backbone_parameters"]
+
+    def percent(values):
+        return f"{100 * np.mean(values):.2f}" + (f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "") if len(values) else "-"
+
+    lines = [["method", "trained", "of the T5", "seeds", *columns.values(), "mean of metrics", "mean of tasks"], ["---"] * (6 + len(columns))]
+    for key, by_seed in groups.items():
+        own, first = json.loads(key), next(iter(by_seed.values()))
+        others = [other for other in map(json.loads, groups) if other["method"] == own["method"]]
+        label = own["method"] + "".join(f", {k} {v}" for k, v in own.items() if any(other.get(k) != v for other in others))
+        line = [label, f"{sum(trained for _, trained, _ in first.values()):,.0f}", f"{sum(share for *_, share in first.values()):.2%}", str(len(by_seed))]
+        for name in columns:
+            line.append(" / ".join(map(percent, zip(*(by_task[name][0] for by_task in by_seed.values() if name in by_task)))) or "-")
+        whole = [[by_task[name][0] for name in columns] for by_task in by_seed.values() if by_task.keys() == columns.keys()]
+        lines.append([*line, percent([np.mean(sum(values, [])) for values in whole]), percent([np.mean([np.mean(v) for v in values]) for values in whole])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -186,9 +186,17 @@ def test_images_in_generation(tmp_path):
             assert not torch.equal(other, model.t5.generate(ids, mask, 8, 1, **model.inject(sites, features)))
 
 
-def test_no_way_in_for_images():
-    with pytest.raises(hyperpelt.UserError, match="lets no image in"), torch.device("meta"):
-        HyperPELT(T5(T5Config.from_name("t5-small")), ["vqa"], HyperPELTConfig("norms", visual_width=9))
+def test_ways_in_for_images():
+    """Weights are generated from images by hypernetworks only; to every other method images come as tokens, or not at all."""
+    for method, (*_, source) in METHODS.items():
+        for vision in VISION if source == "hypernetworks" else ["tokens"]:
+            if (method, vision) not in (("hyperprefix", "adapter"), ("hyperadapter", "prefix"), ("hyperformer", "prefix")):
+                with torch.device("meta"):
+                    model = HyperPELT(T5(T5Config.from_name("t5-small")), ["vqa"], HyperPELTConfig(method, visual_width=9, vision=vision))
+                assert any("visual" in name or "image_tokens" in name for name in model.trained())
+    for method, vision in (("norms", "both"), ("adapter", "both"), ("prefix", "prefix"), ("mam", "adapter"), ("full", "both"), ("hyperprefix", "adapter")):
+        with pytest.raises(hyperpelt.UserError, match="lets no image in"), torch.device("meta"):
+            HyperPELT(T5(T5Config.from_name("t5-small")), ["vqa"], HyperPELTConfig(method, visual_width=9, vision=vision))
 
 
 def test_vector_form_and_norm(tmp_path):

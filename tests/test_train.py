@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train as train_module
-from hyperpelt import HyperPELT, HyperPELTConfig
+from hyperpelt import METHODS, HyperPELT, HyperPELTConfig
 from t5 import T5, Tokenizer
 from conftest import ROOT, make_checkpoint, read_json, run
 
@@ -124,7 +124,7 @@ def test_eval_only_and_predict(finished, tmp_path):
     assert predicted.keys() == gold.keys()
 
 
-@pytest.mark.parametrize("method", ["hyperprefix", "hyperadapter", "norms", "full"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "hyperpelt"])
 def test_every_method_trains(method, checkpoint, glue, tmp_path):
     run(*command(checkpoint, glue, tmp_path / "run", "--method", method, "--steps", 12, "--eval-every", 12, "--lr", 0.01,
                  "--schedule", "linear", "--label-smoothing", 0.1, "--warmup-steps", 2, "--split", "official"))
