@@ -828,7 +828,7 @@ def report(tasks, splits, answers, metrics, majority, means, settings):
         (name, split, metric, f"{value:.4f}", f"{majority[name][split][metric]:.4f}", f"{len(answers[name][split]):,}")
         for name, by_split in metrics.items() for split, values in by_split.items() for metric, value in values.items())]))
     for split, mean in means.items() if len(tasks) > 1 else []:
-        print(f"mean of the {sum(len(task.metrics) for task in tasks.values())} metrics on {split} {mean['metrics']:.4f}, of the {len(tasks)} tasks {mean['tasks']:.4f}")
+        print(f"\nmean of the {sum(len(task.metrics) for task in tasks.values())} metrics on {split} {mean['metrics']:.4f}, of the {len(tasks)} tasks {mean['tasks']:.4f}")
     for name, task in tasks.items():
         split = "test" if "test" in answers[name] else "validation"
         pairs = [(splits[name][split][i], answers[name][split][i]) for i in np.random.default_rng(settings.seed).permutation(len(answers[name][split]))[:5]]

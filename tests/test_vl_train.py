@@ -120,7 +120,7 @@ def test_text_and_images_in_one_run(checkpoint, vl, glue, tmp_path):
     run("train.py", "--out", tmp_path / "killed", "--resume")
     for name in ("best.safetensors", "last.safetensors", "metrics.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert set(read_json(tmp_path / "run" / "metrics.json")) == {"best_step", "rte", "vqa", "majority"}
+    assert set(read_json(tmp_path / "run" / "metrics.json")) == {"best_step", "rte", "vqa", "average", "majority"}
     last = load_file(tmp_path / "run" / "last.safetensors")
     assert last["step.hyper_embedding.task"] == 40 and 5 < last["step.hyper_embedding.visual.weight"] < 35
 
