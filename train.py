@@ -53,7 +53,7 @@ except ImportError:
     resource = None
 
 SAMPLE = Path(__file__).resolve().parent / "sample"   # a small T5 and small data sets: what runs without a download
-SAMPLE_DEFAULTS = dict(split="official")   # of options, in their own types, where the data are the sample's
+SAMPLE_DEFAULTS = dict(split="official", lr=1e-3)   # of options, in their own types, where the data are the sample's
 SIZES = HyperPELTConfig()
 GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
 MAX_TARGET_LENGTH = 128    # [X: HyperFormer]
