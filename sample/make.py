@@ -8,6 +8,7 @@
     python sample/make.py scenes                       # sample/vqa: images, and questions in VQAv2's format
     python sample/make.py clip                         # sample/mini-clip; about 25 minutes on a core
     python sample/make.py features                     # sample/vqa/features, by clip_features.py
+    python sample/make.py drawing                      # sample/figures/dataflow.svg
     python sample/make.py files                        # every file with its size and hash, for sample/README.md
 
 Needs requirements.txt; `glue` shows its bags of words with scikit-learn where that is installed.
@@ -1194,6 +1195,75 @@ def features(args):
         clip_features.main()
 
 
+STYLE = """
+  text { font: 13px sans-serif; fill: #1f2328; text-anchor: middle } .small { font-size: 11px; fill: #59636e } .title { font-weight: bold }
+  rect { stroke: #59636e; rx: 6px } .frozen { fill: #cfe3fa } .trained { fill: #fddcb5 } .plain { fill: #ffffff } .frame { fill: none; stroke-dasharray: 5 4 }
+  path { stroke: #59636e; stroke-width: 1.5px; fill: none; marker-end: url(#head) } marker path { fill: #59636e; stroke: none; marker-end: none }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #f0f6fc } .small { fill: #b1bac4 } rect, path { stroke: #9198a1 } marker path { fill: #9198a1 }
+    .frozen { fill: #1b3a5c } .trained { fill: #6b4417 } .plain { fill: #0d1117 } .frame { fill: none }
+  }"""
+
+
+def drawing(args):
+    """How data flow through the method, as SVG: frozen parts in one colour, trained ones in another, shapes on the arrows."""
+    out = []
+
+    def words(x, y, line, kind=""):
+        out.append(f'<text x="{x}" y="{y}" class="{kind}">{line}</text>')
+
+    def box(x, y, width, kind, *lines, height=40):
+        out.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" class="{kind}"/>')
+        for i, line in enumerate(lines):
+            words(x + width / 2, y + height / 2 + 5 + 16 * (i - (len(lines) - 1) / 2), line)
+
+    def arrow(points, label="", at=None):
+        out.append(f'<path d="M {" L ".join(f"{x} {y}" for x, y in points)}"/>')
+        if label:
+            words(*(at or ((points[0][0] + points[-1][0]) / 2, points[-1][1] - 6)), label, "small")
+
+    words(300, 28, "the task\u2019s side", "title")
+    for i, line in enumerate(("z\u03c4   task", "l\u1d62   layer", "b\u2c7c   block type")):
+        box(20, 50 + 50 * i, 120, "trained", line)
+        arrow([(140, 70 + 50 * i), (215, 120 + 12 * (i - 1))])
+    words(182, 62, "[N, d_t] each", "small")
+    box(215, 90, 130, "trained", "projector", "eq. (1)", height=60)
+    words(395, 112, "I  [N, d_I]", "small")
+    words(300, 308, "the image\u2019s side", "title")
+    box(20, 400, 70, "plain", "image")
+    arrow([(90, 420), (115, 420)])
+    box(115, 400, 70, "frozen", "CLIP")
+    arrow([(185, 420), (250, 420)], "[N, V]")
+    box(250, 400, 85, "trained", "W\u1d65, c\u1d65", "eq. (7)")
+    arrow([(292, 400), (292, 380)], "z\u1d65  [B, N, d_t]", (345, 394))
+    box(215, 320, 145, "trained", "projector of its own", "eq. (8)", height=60)
+    arrow([(80, 190), (80, 350), (215, 350)], "l\u1d62, b\u2c7c  [N, d_t]", (140, 343))
+    words(404, 343, "I\u1d5b  [B, N, d_I]", "small")
+    for y, middle, side, start in ((60, 120, "", 345), (290, 350, "\u1d5b", 360)):
+        arrow([(start, middle), (450, middle), (450, y + 20), (475, y + 20)])
+        arrow([(start, middle), (450, middle), (450, y + 100), (475, y + 100)])
+        box(475, y, 150, "trained", f"h_P{side}   prefixes", "eq. (2)")
+        box(475, y + 80, 150, "trained", f"h_A{side}   adapters", "eq. (4)")
+    box(780, 30, 300, "frame", height=430)
+    words(930, 52, "T5: each layer of encoder and decoder", "title")
+    box(800, 70, 260, "frozen", "attention", "K\u2032 = [P_k ; P_k\u1d5b ; x W_K]", "V\u2032 = [P_v ; P_v\u1d5b ; x W_V]", "eq. (3), (9)", height=100)
+    box(800, 235, 260, "frozen", "feed-forward block", "y = x + FFN(u)", "+ \u03bb A(u) + \u03bb\u1d65 A\u1d5b(u)", "eq. (5), (6), (10)", height=100)
+    box(855, 187, 150, "trained", "layer norms", height=30)
+    box(870, 400, 120, "plain", "text")
+    arrow([(930, 400), (930, 335)], "[B, S, D]", (965, 372))
+    arrow([(625, 80), (800, 80)], "[H, N, d_kv]", (690, 73))
+    arrow([(625, 160), (765, 160), (765, 260), (800, 260)], "[R, D], [D, R]", (690, 153))
+    arrow([(625, 310), (750, 310), (750, 150), (800, 150)], "[B, H, N, d_kv]", (685, 303))
+    arrow([(625, 390), (765, 390), (765, 310), (800, 310)], "[B, R, D], [B, D, R]", (693, 383))
+    for x, kind in ((20, "frozen"), (130, "trained")):
+        box(x, 470, 16, kind, height=16)
+        words(x + 48, 483, kind)
+    (HERE / "figures" / "dataflow.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1100 500" width="1100" height="500" role="img" '
+        'aria-label="text and image to hyper-embeddings, hypernetworks, prefixes and adapters in a frozen T5">\n'
+        f"<style>{STYLE}\n</style>\n<defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'>"
+        "<path d='M 0 0 L 8 4 L 0 8 z'/></marker></defs>\n" + "\n".join(out) + "\n</svg>\n")
+
+
 def files(args):
     """Print the table of sample/README.md: every data file with its size and the start of its sha256."""
     paths = sorted(p for p in HERE.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.name not in ("README.md", "make.py"))
@@ -1205,7 +1275,7 @@ def files(args):
 def main():
     parser = data.Parser(description=__doc__.split("\n")[0])
     parts = parser.add_subparsers(dest="part", required=True)
-    for part in (glue, text, vocab, pretrain, fill, scenes, clip, features, files):
+    for part in (glue, text, vocab, pretrain, fill, scenes, clip, features, drawing, files):
         sub = parts.add_parser(part.__name__)
         sub.set_defaults(part=part)
         if part in (glue, text, vocab, pretrain, fill):
