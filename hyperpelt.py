@@ -405,14 +405,14 @@ def deployed(model):
 
 @torch.no_grad()
 def tour(folder):
-    """Print what becomes of one example of a run's first text task, with shapes and a few numbers; where matplotlib is installed also
-    draw FOLDER/tour.png. Raises UserError where there is no such run."""
+    """Print what becomes of one example of a run's first text task, with shapes and a few numbers. Raises UserError where there is
+    no such run."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}/config.json: no such file, expected a run; this trains one: python train.py --out {folder}")
     record, sample = data.read_json(folder / "config.json", "settings", "hyperpelt"), Path(__file__).resolve().parent / "sample"
-    settings, name = record["settings"], next((name for name in record["tasks"] if name in data.TASKS), None)
+    settings, name = record["settings"], next((name for name in record.get("tasks", []) if name in data.TASKS), None)
     if name is None or METHODS[settings["method"]] != METHODS["hyperpelt"]:
-        raise UserError(f"{folder}: found {settings['method']} of {', '.join(record['tasks'])}, expected hyperpelt and a task without images")
+        raise UserError(f"{folder}: found {settings['method']} of {record.get('tasks')}, expected hyperpelt and a task without images")
     example = data.make_splits(data.TASKS[name], settings["data_dir"] or sample, settings["split"])["validation"][0]
     tokenizer, config = Tokenizer.from_pretrained(settings["model"] or sample / "mini-t5"), HyperPELTConfig(**record["hyperpelt"])
     torch.manual_seed(settings["seed"])                                     # the untrained weights are those that the run began with

@@ -268,3 +268,19 @@ def test_mnli_from_files_to_two_submissions(checkpoint, tmp_path):
     assert list(read_json(out / "metrics.json")["mnli"]) == list(read_json(out / "metrics.json")["majority"]["mnli"]) == ["validation", "mismatched", "test"]
     run("train.py", "--out", out, "--predict", "submission")
     assert all(len((out / f"MNLI-{part}.tsv").read_text().splitlines()) == 7 for part in ("m", "mm"))
+
+
+def test_tour(finished, tmp_path):
+    """The tour of a trained run: shapes from the run's sizes, shares of attention that are shares, the answer as --eval-only has it."""
+    out, _ = run("hyperpelt.py", "--tour", finished[0])
+    assert "[10, 5, 6]" not in out and "[12, 5, 6]" in out and "[3, 5, 16], [3, 5, 16]: heads, N, d_kv" in out and "[4, 32], [4], [32, 4], [32]" in out
+    shares = [float(x) for line in out.split("eq. (3)")[1].split("eq. (4)")[0].splitlines() if "attention  " in line for x in re.findall(r"\d\.\d{3}", line)]
+    assert len(shares) == 3 + 2 + 2 and all(0 < share < 1 for share in shares)
+    first = data.make_splits(data.TASKS["rte"], read_json(finished[0] / "config.json")["settings"]["data_dir"])["validation"][0]
+    assert first.source in out and f"should be: {first.target}" in out
+    after = out.split("after: ")[1].strip()
+    shutil.copytree(finished[0], tmp_path / "run")
+    run("train.py", "--out", tmp_path / "run", "--predict", "validation")
+    predicted = dict(line.split("\t") for line in (tmp_path / "run" / "RTE-validation.tsv").read_text().splitlines())[first.index]
+    assert after == predicted or after not in ("entailment", "not_entailment")      # a submission has the first label for what is none
+    assert "this trains one" in run("hyperpelt.py", "--tour", tmp_path / "none", ok=False)[1]
