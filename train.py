@@ -933,7 +933,7 @@ def draw(model, tasks, majority, out):
             axes.axhline(majority[name]["validation"][metric], linestyle="--", color=line.get_color(), label=f"{name} {metric}, majority")
         axes.legend(fontsize="small", bbox_to_anchor=(1, 1))
         figure.savefig(out / "curves.png", dpi=120)
-    if len(tasks) > 1 and model.prefix_sites + model.adapter_sites:
+    if len(tasks) > 1 and hasattr(model, "hyper_embedding"):
         z = F.normalize(model.hyper_embedding.task.detach().flatten(1), dim=1)                                    # z_tau [M, N*Z]
         cosine, figure = (z @ z.T).cpu().numpy(), Figure(figsize=(2 + 0.8 * len(tasks),) * 2, layout="constrained")
         axes = figure.subplots()
