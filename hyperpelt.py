@@ -480,6 +480,38 @@ def tour(folder):
          ", ".join(map(shape, sites[model.adapter_sites[0]].parts[0])))
     step("eq. (5), (6): length of lambda A(u) as a share of FFN(u)'s, layer by layer", *by_layer(ratio, model.adapter_sites))
     step("the answer", f"before training: {before or '(nothing)'}", f"after:           {predict()}")
+    draw_tour(folder / "tour.png", {site: mass for site, (mass, _) in seen.items()}, model)
+
+
+def draw_cosines(axes, vectors, names, title):
+    """The cosines of vectors [names, ...] with each other, as a picture with numbers."""
+    z = F.normalize(vectors.detach().flatten(1), dim=1)
+    cosine = (z @ z.T).cpu().numpy()
+    axes.imshow(cosine, vmin=-1, vmax=1, cmap="coolwarm")
+    axes.set(title=title, yticks=range(len(names)), yticklabels=names)
+    axes.set_xticks(range(len(names)), names, rotation=45)
+    for i, j in ((i, j) for i in range(len(names)) for j in range(len(names))):
+        axes.text(j, i, f"{cosine[i, j]:.2f}", ha="center", va="center")
+
+
+def draw_tour(path, mass, model):
+    """The share of attention on the prefix by layer and block type, {site: share}, and how alike the tasks' embeddings are (of one
+    task alone: the block types'), where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"\nfor {path}: pip install matplotlib")
+    h, kinds = model.hyper_embedding, [kind for kind in BLOCK_TYPES if any(site[0] == kind for site in mass)]
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind in kinds:
+        left.plot(*zip(*((i, share) for (block_type, i), share in mass.items() if block_type == kind)), "o-", label=kind)
+    left.set(xlabel="layer", ylabel="share of the attention on the prefix", ylim=(0, 1))
+    left.legend()
+    vectors, names = (h.task, model.tasks) if len(model.tasks) > 1 else (h.block, BLOCK_TYPES)
+    draw_cosines(right, vectors, names, "cosine of the embeddings")
+    figure.savefig(path, dpi=120)
+    print(f"\ndrawn: {path}")
 
 
 def main():

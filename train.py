@@ -35,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
@@ -43,7 +42,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from clip_features import load_features
-from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig, deployed, pack_sites, unpack_sites
+from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig, deployed, draw_cosines, pack_sites, unpack_sites
 from t5 import T5, Tokenizer, public_name
 from torch.nn.parallel import DistributedDataParallel
 
@@ -934,14 +933,8 @@ def draw(model, tasks, majority, out):
         axes.legend(fontsize="small", bbox_to_anchor=(1, 1))
         figure.savefig(out / "curves.png", dpi=120)
     if len(tasks) > 1 and hasattr(model, "hyper_embedding"):
-        z = F.normalize(model.hyper_embedding.task.detach().flatten(1), dim=1)                                    # z_tau [M, N*Z]
-        cosine, figure = (z @ z.T).cpu().numpy(), Figure(figsize=(2 + 0.8 * len(tasks),) * 2, layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(cosine, vmin=-1, vmax=1, cmap="coolwarm")
-        axes.set(title="cosine of the task embeddings", yticks=range(len(tasks)), yticklabels=tasks)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=45)
-        for i, j in np.ndindex(cosine.shape):
-            axes.text(j, i, f"{cosine[i, j]:.2f}", ha="center", va="center")
+        figure = Figure(figsize=(2 + 0.8 * len(tasks),) * 2, layout="constrained")
+        draw_cosines(figure.subplots(), model.hyper_embedding.task, list(tasks), "cosine of the task embeddings")                 # z_tau [M, N*Z]
         figure.savefig(out / "task_similarity.png", dpi=120)
 
 

@@ -1,8 +1,11 @@
 """Shared by the tests: tiny checkpoints with random weights in the public file format, a tiny vocabulary, real files if here."""
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +96,32 @@ def flan(tmp_path_factory):
     return folder
 
 
+@functools.lru_cache
+def forks(root):
+    """tests/forks.py at work, on the code of a folder."""
+    process = subprocess.Popen([sys.executable, Path(__file__).parent / "forks.py"], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    atexit.register(process.kill)
+    return process
+
+
+def execute(*arguments, cwd=ROOT, **environment):
+    """Run a command of the project in a process of its own -> CompletedProcess; forked off one that has PyTorch loaded where that can be."""
+    arguments, environment = list(map(str, arguments)), {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if not hasattr(os, "fork") or "PYTHONPATH" in environment or not (Path(cwd) / "hyperpelt.py").exists():
+        return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        process = forks(cwd)
+        print(json.dumps(dict(argv=arguments, cwd=str(cwd), env=environment, **{file.name: str(file) for file in files})), file=process.stdin, flush=True)
+        return subprocess.CompletedProcess(arguments, int(process.stdout.readline()), *(file.read_text() for file in files))
+
+
 def run(*arguments, ok=True, cwd=ROOT, **environment):
-    """Run a command of the project in a subprocess -> (stdout, stderr). A failure must be one line and exit code 2."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    """execute(...) -> (stdout, stderr). A failure must be one line and exit code 2."""
+    done = execute(*arguments, cwd=cwd, **environment)
     if ok:
         assert done.returncode == 0, done.stderr
     else:

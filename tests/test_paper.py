@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train as train_module
-from conftest import ROOT, make_checkpoint, read_json, run
+from conftest import ROOT, execute, make_checkpoint, read_json, run
 from hyperpelt import HyperPELT, HyperPELTConfig
 from t5 import T5
 from test_train import TINY, command, log_of
@@ -62,8 +62,7 @@ def test_resume_between_tasks(several, checkpoint, glue, tmp_path):
     killer = ("import os, train, data; old = train.learning_rate\n"
               "def rate(step, *more):\n    if step == 17: os._exit(9)\n    return old(step, *more)\n"
               "train.learning_rate = rate; data.run(train.main)")
-    done = subprocess.run([sys.executable, "-c", killer, *map(str, arguments[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 9
+    assert execute("-c", killer, *arguments[1:]).returncode == 9
     run("train.py", "--out", tmp_path / "run", "--resume")
     kept = lambda out: [{k: v for k, v in row.items() if k not in ("examples_per_s", "peak_memory_mb")} for row in log_of(out)]
     assert kept(tmp_path / "run") == kept(whole) and {row["task"] for row in log_of(whole) if "task" in row} == {"rte", "stsb"}

@@ -18,7 +18,7 @@ import data
 import train as train_module
 from hyperpelt import METHODS, HyperPELT, HyperPELTConfig
 from t5 import T5, Tokenizer
-from conftest import ROOT, make_checkpoint, read_json, run
+from conftest import ROOT, execute, make_checkpoint, read_json, run
 
 TINY = ["--prefix-length", 5, "--embedding-dim", 12, "--hyper-dim", 6, "--bottleneck", 4, "--batch-size", 8, "--precision", "fp32"]
 
@@ -99,8 +99,7 @@ def test_resume_from_an_older_checkpoint(finished, checkpoint, glue, tmp_path):
               "    if progress['step'] == 30: os._exit(9)\n"
               "    old(path, model, optimiser, progress)\n"
               "train.save_last = save; data.run(train.main)")
-    done = subprocess.run([sys.executable, "-c", killer, *map(str, arguments[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 9 and log_of(out)[-1]["step"] == 30
+    assert execute("-c", killer, *arguments[1:]).returncode == 9 and log_of(out)[-1]["step"] == 30
     run("train.py", "--out", out, "--resume")
     for name in ("best.safetensors", "last.safetensors", "metrics.json"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes(), name

@@ -1,9 +1,6 @@
 """The command line on tasks with images, at tiny size: made-up questions in VQAv2's format about made-up features."""
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from safetensors.torch import load_file
 
 import data
 import train as train_module
-from conftest import ROOT, read_json, run
+from conftest import execute, read_json, run
 from test_train import TINY, log_of
 
 ANSWERS = ["cat", "dog", "bird", "fish"]
@@ -88,8 +85,7 @@ def run_killed_at(step, arguments):
               "    old(path, model, optimiser, progress)\n"
               f"    if progress['step'] == {step}: os._exit(9)\n"
               "train.save_last = save; data.run(train.main)")
-    done = subprocess.run([sys.executable, "-c", killer, *map(str, arguments[1:])], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 9
+    assert execute("-c", killer, *arguments[1:]).returncode == 9
 
 
 def test_resume_and_predict(finished, checkpoint, vl, tmp_path):
