@@ -47,9 +47,10 @@ from t5 import T5, Tokenizer, public_name
 from torch.nn.parallel import DistributedDataParallel
 
 try:
+    import fcntl
     import resource
-except ImportError:
-    resource = None
+except ImportError:                                       # Windows has neither
+    fcntl = resource = None
 
 SAMPLE = Path(__file__).resolve().parent / "sample"   # a small T5 and small data sets: what runs without a download
 SAMPLE_DEFAULTS = dict(split="official", lr=1e-3)   # of options, in their own types, where the data are the sample's
@@ -58,6 +59,7 @@ GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
 MAX_TARGET_LENGTH = 128    # [X: HyperFormer]
 LOG_EVERY = 10             # steps
 EVAL_BATCH = 64
+FORMAT = 1                 # of a run's folder: what another version of this program has written otherwise is refused
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun sets them
 
 
@@ -316,6 +318,18 @@ def join_processes():
             sys.stdout = open(os.devnull, "w")
 
 
+def lock(out):
+    """Keep other processes that train off a run's folder, until this one ends, however it does."""
+    if fcntl is None or RANK:
+        return
+    try:
+        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another process is at work on this run") from None
+    except OSError:                                                          # a file system without locks
+        pass
+
+
 def gather(value):
     """-> the values of all processes, in a list."""
     values = [value] * WORLD
@@ -488,6 +502,8 @@ def load_best(path, model):
 def read_run(folder):
     """config.json of a run's folder -> dict. Raises UserError where it is missing or lacks a part."""
     record = data.read_json(Path(folder) / "config.json", "settings", "fingerprints", "hyperpelt", "image_sets")
+    if record.get("format") != FORMAT:
+        raise UserError(f"{folder}/config.json: format: found {record.get('format')!r}, expected {FORMAT}: another version of train.py wrote this run")
     for name, kind in (("tasks", list), ("trained_parameters", int), ("backbone_parameters", int)):
         if type(record.get(name)) is not kind:
             raise UserError(f"{folder}/config.json: {name}: found {record.get(name)!r}, expected {kind.__name__}")
@@ -684,7 +700,10 @@ def main():
     try:
         command(parse_arguments())
         if dist.is_initialized():
+            gather(None)                                                     # nobody leaves while another one still writes
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)                                                      # at an orderly end PyTorch's threads abort once in a while
     except (UserError, OSError):
         if RANK:                                                             # if the first one says the same, torchrun ends this one now
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -742,10 +761,17 @@ def run_once(settings):
             if saved["fingerprints"].get(what) != marks[what]:
                 raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}")
     else:
-        if settings.init_from:
-            start_from(model, rows, marks, settings)
         out.mkdir(parents=True, exist_ok=True)
-        record = dict(settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=count,
+    training = settings.resume or not settings.old
+    if training:
+        lock(out)
+    settings.resume &= any((out / name).exists() for name in ("last.safetensors", "best.safetensors", "log.jsonl"))     # else killed before
+    if training and settings.init_from and not settings.resume:
+        start_from(model, rows, marks, settings)
+    if not settings.old:
+        if RANK == 0 and (out / "config.json").exists():                     # since complete_settings looked
+            raise UserError(f"{out}: another process has begun a run here")
+        record = dict(format=FORMAT, settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=count,
                       deployed_parameters=deployed(model), backbone_parameters=sum(p.numel() for p in t5.parameters()),
                       hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
         write_whole(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
