@@ -398,7 +398,7 @@ def open_array(path, dtype, shape):
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, EOFError, TypeError, OverflowError) as error:
+    except Exception as error:                                               # numpy reads the header as Python: it raises nearly everything
         raise UserError(f"{path}: not a whole .npy file of numbers ({error})") from None
     if array.dtype != dtype or array.ndim != shape.count(",") + 1:
         raise UserError(f"{path}: found {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} {shape}")
@@ -480,7 +480,11 @@ class Writer:
     def append(self, rows, count, skipped):
         """`count` more images are done: `rows` (array [B, N, V], or None) of the good ones, and the names of the others."""
         if rows is not None:
-            self.file.write(rows.astype("<f2").tobytes())
+            try:
+                self.file.write(rows.astype("<f2").tobytes())
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.part}: cannot be written: {error.strerror}; with room again the same command goes on") from None
             self.state["rows"] += len(rows)
         self.state["done"] += count
         self.state["skipped"] += skipped

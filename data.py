@@ -8,6 +8,7 @@ A row of a file becomes an Example: `source` text (task name, then the fields), 
 Formats: T5's own (Raffel et al. 2020, appendix D), since public T5 checkpoints have seen them. Splits: see `make_splits`.
 """
 import argparse
+import contextlib
 import hashlib
 import http.client
 import json
@@ -811,13 +812,21 @@ VL = ["vqa", "gqa", "caption"]  # trained together [R]
 # ----------------------------------------------------------------------------------------------------------- files
 
 def write_whole(path, content):
-    """Bytes -> file, written aside and renamed, so that a reader finds the old file or the new one and never a half."""
+    """Bytes -> file, written aside and renamed, so that a reader finds the old file or the new one and never a half.
+
+    Raises UserError where the disk is full, the folder is read-only, ...: the old file stays.
+    """
     aside = Path(f"{path}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise UserError(f"{path}: cannot be written: {error.strerror}; {'its last version stays' if Path(path).exists() else 'nothing was written'}") from None
 
 
 def parse_json(content, place):
@@ -938,7 +947,7 @@ def unpack(archive, folder):
             for member in members:
                 if Path(member.filename).parent.name == folder.name and member.filename.endswith((".tsv", ".jsonl")):
                     write_whole(folder / Path(member.filename).name, file.read(member))  # the zip's CRC is checked here
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise UserError(f"{archive}: not a whole zip file ({error})") from None
 
 

@@ -504,9 +504,13 @@ def read_run(folder):
     record = data.read_json(Path(folder) / "config.json", "settings", "fingerprints", "hyperpelt", "image_sets")
     if record.get("format") != FORMAT:
         raise UserError(f"{folder}/config.json: format: found {record.get('format')!r}, expected {FORMAT}: another version of train.py wrote this run")
-    for name, kind in (("tasks", list), ("trained_parameters", int), ("backbone_parameters", int)):
-        if type(record.get(name)) is not kind:
-            raise UserError(f"{folder}/config.json: {name}: found {record.get(name)!r}, expected {kind.__name__}")
+    tasks, method, counts = record.get("tasks"), record["settings"].get("method"), ("trained_parameters", "backbone_parameters")
+    for name, value, good, expected in (
+            ("tasks", tasks, isinstance(tasks, list) and tasks and all(type(task) is str for task in tasks), "a list of names"),
+            ("settings: method", method, type(method) is str and method in METHODS, f"one of {', '.join(METHODS)}"),
+            *((name, record.get(name), type(record.get(name)) is int and record[name] > 0, "a number of at least 1") for name in counts)):
+        if not good:
+            raise UserError(f"{folder}/config.json: {name}: found {str(value)[:40]}, expected {expected}")
     return record
 
 
@@ -630,10 +634,16 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
     together = model if WORLD == 1 else DistributedDataParallel(
         model, [device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=len(tasks) > 1)
     bar = progress_bar(total=steps, initial=progress["step"], unit="step")
-    log = open(log_path if RANK == 0 else os.devnull, "a", buffering=1)
+    log = open(log_path if RANK == 0 else os.devnull, "ab", buffering=0)
     if RANK:
         progress.update(right=0, seen=0)                                     # the first process has those of all
     examples, since, right = 0, time.perf_counter(), torch.tensor(progress["right"], device=device)
+
+    def note(**row):
+        try:
+            log.write(json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{log_path}: cannot be written: {error.strerror}; go on with: python train.py --out {out} --resume") from None
 
     def save_progress():
         counts = gather((int(right), progress["seen"]))
@@ -651,7 +661,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
                     best_answers = answers
                     save_tensors(out / "best.safetensors", model.trained(), dict(step=step))
                 progress.update(evaluated=step)
-                log.write(json.dumps(dict(step=step, validation=result, mean=mean)) + "\n")
+                note(step=step, validation=result, mean=mean)
                 tqdm.write(f"step {step} of {steps}   {show(result)}")
                 save_progress()
             examples, since = 0, time.perf_counter()
@@ -686,7 +696,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
             rate = examples / (time.perf_counter() - since)
             row = dict(step=progress["step"], task=name, loss=round(losses, 5), accuracy=round(rights / seen, 5),
                        lr=optimiser.param_groups[0]["lr"], examples_per_s=round(rate, 1), peak_memory_mb=peak_memory_mb())
-            log.write(json.dumps(row) + "\n")
+            note(**row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}, {rate:.0f} examples/s, {row['peak_memory_mb']} MB, "
                                 f"best {max(progress['best'], 0):.3f}")
             examples, since = 0, time.perf_counter()

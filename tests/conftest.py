@@ -105,8 +105,11 @@ def forks(root):
     return process
 
 
-def execute(*arguments, cwd=ROOT, **environment):
-    """Run a command of the project in a process of its own -> CompletedProcess; forked off one that has PyTorch loaded where that can be."""
+def execute(*arguments, cwd=ROOT, seconds=300, file_size=0, **environment):
+    """Run a command of the project in a process of its own -> CompletedProcess; forked off one that has PyTorch loaded where that can be.
+
+    It is killed after so many seconds (no command of a test takes 300: it hangs), and writes no file larger than file_size bytes (0: any).
+    """
     arguments, environment = list(map(str, arguments)), {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if not hasattr(os, "fork") or "PYTHONPATH" in environment or not (Path(cwd) / "hyperpelt.py").exists():
         return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
@@ -115,7 +118,7 @@ def execute(*arguments, cwd=ROOT, **environment):
         for file in files:
             file.touch()
         process = forks(cwd)
-        print(json.dumps(dict(argv=arguments, cwd=str(cwd), env=environment, **{file.name: str(file) for file in files})), file=process.stdin, flush=True)
+        print(json.dumps(dict(argv=arguments, cwd=str(cwd), env=environment, seconds=seconds, file_size=file_size, **{file.name: str(file) for file in files})), file=process.stdin, flush=True)
         return subprocess.CompletedProcess(arguments, int(process.stdout.readline()), *(file.read_text() for file in files))
 
 

@@ -1,13 +1,15 @@
 """A process that has imported what every command imports, and forks for each command that it reads: a test need not wait for PyTorch.
 
-A line on stdin is JSON, {"argv", "cwd", "env", "stdout", "stderr"} (the last two are files); the line back is the exit code, negative
-for a signal, as subprocess has it. The command runs as __main__, with its own arguments, folder, environment and files.
+A line on stdin is JSON, {"argv", "cwd", "env", "stdout", "stderr", "seconds", "file_size"}: stdout and stderr are files; after so many seconds it
+is killed; no file may become larger than file_size bytes, as if the disk were full (0: any). The line back is the exit code, negative for a signal, as subprocess has it. The command runs as __main__, with its own arguments, folder, environment and files.
 """
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
+import time
 import traceback
 
 
@@ -16,7 +18,8 @@ def become(command):
     for descriptor, (path, flags) in enumerate(((os.devnull, os.O_RDONLY), (command["stdout"], os.O_WRONLY), (command["stderr"], os.O_WRONLY))):
         os.dup2(os.open(path, flags), descriptor)
     sys.stdin, sys.stdout, sys.stderr = (open(i, "rw"[i > 0], encoding="utf-8", errors="backslashreplace" if i == 2 else None) for i in range(3))
-    signal.alarm(300)                                        # no command of a test takes as long: it hangs
+    if command["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (command["file_size"],) * 2)
     os.chdir(command["cwd"])
     os.environ.clear()
     os.environ.update(command["env"])
@@ -43,16 +46,22 @@ def main():
     import sentencepiece  # noqa: F401
     commands = os.fdopen(os.dup(0))
     for line in iter(commands.readline, ""):
-        child = os.fork()
+        command, child, status, ended = json.loads(line), os.fork(), 0, 0
         if child == 0:
             code = 1
             try:
-                code = become(json.loads(line))
+                code = become(command)
                 sys.stdout.flush()
                 sys.stderr.flush()
             finally:
                 os._exit(code)
-        _, status = os.waitpid(child, 0)
+        end = time.monotonic() + command["seconds"]
+        while time.monotonic() < end and not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0 if ended else 0.001)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
