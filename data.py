@@ -48,7 +48,7 @@ class Task:
     column: object  # of the label
     labels: dict    # label in the file -> label word, the positive class second; empty: a score from 0 to 5
     metrics: tuple  # names of functions below
-    rows: tuple     # of the official train and validation files
+    rows: tuple = ()           # of the official train and validation files; of your own task: not needed
     url: str = ""              # of a zip; "": the files are not downloaded
     files: dict = field(default_factory=lambda: dict(train="train.tsv", validation="dev.tsv", submission="test.tsv"))
     header: bool = True        # False: columns are counted from 0 (the unlabelled test file has a header even then)
