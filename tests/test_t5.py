@@ -31,9 +31,10 @@ def inputs(seed=0, vocabulary=64, rows=4, source=11, target=6):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layer_equals_transformers(kind, tmp_path):
-    """H * d_kv != d_model, other numbers of layers in encoder and decoder, padding; hidden states 1e-5, logits 1e-4."""
+    """H * d_kv != d_model, other numbers of layers in encoder and decoder, padding, all distances; hidden states 1e-5, logits 1e-4."""
     theirs, ours = make_checkpoint(tmp_path, kind), T5.from_pretrained(tmp_path).eval()
     compare_with_transformers(theirs, ours, *inputs())
+    compare_with_transformers(theirs, ours, *inputs(source=150, target=40), relative=True)       # beyond the largest distance that the bias tells apart
 
 
 def compare_with_transformers(theirs, ours, ids, mask, labels, relative=False):
