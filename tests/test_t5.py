@@ -121,6 +121,22 @@ def test_dropout_is_dropout():
     assert drop.eval()(x) is x
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_where_transformers_has_it(kind, tmp_path, monkeypatch):
+    """Every dropout halves its input instead, theirs and ours: one too many, too few or in another place changes the logits."""
+    theirs, ours = make_checkpoint(tmp_path, kind).train(), T5.from_pretrained(tmp_path).train()
+    ids, mask, labels = inputs()
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x / 2 if training else x)
+    monkeypatch.setattr(t5.Dropout, "forward", lambda self, x: x / 2 if self.training else x)
+    with torch.no_grad():
+        expected, (logits, _) = theirs(input_ids=ids, attention_mask=mask, labels=labels).logits, ours(ids, mask, labels)
+    assert (logits - expected).abs().max() < 1e-4
+    for module in (ours.encoder.dropout, ours.decoder.blocks[0].dropout, ours.decoder.blocks[0].ffn.dropout, ours.encoder.blocks[1].self_attention.dropout):
+        with torch.no_grad(), monkeypatch.context() as one:
+            one.setattr(module, "training", False)
+            assert (ours(ids, mask, labels)[0] - expected).abs().max() > 1e-2
+
+
 def test_training_attention_equals_sdpa(tmp_path):
     """On a CPU in training mode attention is written out; with dropout off it must be what the kernel gives."""
     make_checkpoint(tmp_path)
