@@ -489,7 +489,7 @@ def draw_cosines(axes, vectors, names, title):
     cosine = (z @ z.T).cpu().numpy()
     axes.imshow(cosine, vmin=-1, vmax=1, cmap="coolwarm")
     axes.set(title=title, yticks=range(len(names)), yticklabels=names)
-    axes.set_xticks(range(len(names)), names, rotation=45)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     for i, j in ((i, j) for i in range(len(names)) for j in range(len(names))):
         axes.text(j, i, f"{cosine[i, j]:.2f}", ha="center", va="center")
 
@@ -508,8 +508,10 @@ def draw_tour(path, mass, model):
         left.plot(*zip(*((i, share) for (block_type, i), share in mass.items() if block_type == kind)), "o-", label=kind)
     left.set(xlabel="layer", ylabel="share of the attention on the prefix", ylim=(0, 1))
     left.legend()
-    vectors, names = (h.task, model.tasks) if len(model.tasks) > 1 else (h.block, BLOCK_TYPES)
-    draw_cosines(right, vectors, names, "cosine of the embeddings")
+    if len(model.tasks) > 1:
+        draw_cosines(right, h.task, model.tasks, "cosine of the task embeddings z")
+    else:
+        draw_cosines(right, h.block, BLOCK_TYPES, "cosine of the block embeddings b")
     figure.savefig(path, dpi=120)
     print(f"\ndrawn: {path}")
 

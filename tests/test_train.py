@@ -1,4 +1,5 @@
 """The command line in subprocesses, at tiny size, on made-up rows: what a user does and what a user gets wrong."""
+import importlib.util
 import json
 import math
 import os
@@ -277,6 +278,8 @@ def test_tour(finished, tmp_path):
     assert len(shares) == 3 + 2 + 2 and all(0 < share < 1 for share in shares)
     first = data.make_splits(data.TASKS["rte"], read_json(finished[0] / "config.json")["settings"]["data_dir"])["validation"][0]
     assert first.source in out and f"should be: {first.target}" in out
+    if importlib.util.find_spec("matplotlib"):
+        assert (finished[0] / "tour.png").read_bytes()[1:4] == b"PNG" and f"drawn: {finished[0]}/tour.png" in out
     after = out.split("after: ")[1].strip()
     shutil.copytree(finished[0], tmp_path / "run")
     run("train.py", "--out", tmp_path / "run", "--predict", "validation")
