@@ -1027,6 +1027,9 @@ def run(main):
     """Call a program's main; a user's mistake or a failing disk ends in one line on stderr and exit code 2."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                                       # the reader of a pipe, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         leave(f"error: {' '.join(str(error).split())}", 2)
     except torch.OutOfMemoryError:

@@ -1,13 +1,15 @@
 """GLUE files, formats, splits, batches and metrics: against the real files, scikit-learn, scipy and rows worked by hand."""
 import io
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 
 import data
-from conftest import WORDS, run
+from conftest import ROOT, WORDS, run
 from data import TASKS, UserError
 from t5 import Tokenizer
 
@@ -285,6 +287,13 @@ def make_zip(**members):
         for name, content in members.items():
             file.writestr(zipfile.ZipInfo(name) if isinstance(name, str) else name, content)
     return memory.getvalue()
+
+
+def test_a_reader_who_has_enough(glue):
+    """python data.py ... | head -1: no error when the pipe is closed."""
+    program = subprocess.Popen([sys.executable, "data.py", "--task", "rte", "--data-dir", glue], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == 0
 
 
 def test_unpack(tmp_path):
