@@ -201,7 +201,7 @@ class Attention(nn.Module):
 
     def forward(self, u, k, v, mask):                                        # [B, T, D], mask [B or 1, H or 1, T or 1, N+S]
         q = self.split(self.q(u))                                            # [B, H, T, K]
-        if self.training and u.device.type == "cpu":     # what the next line does; its kernels for a CPU have no dropout
+        if u.device.type == "cpu":                       # as the next line; its kernels for a CPU are slower, without dropout
             y = self.dropout(torch.softmax(q @ k.transpose(2, 3) + mask, -1)) @ v
         else:                                            # T5 does not divide scores by sqrt(K): hence scale=1
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0,

@@ -50,7 +50,8 @@ def their_model(method, folder, autocast):
     if method != "norms":
         import peft
         config = dict(LoRA=lambda: peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=8, lora_alpha=16, target_modules=["q", "v"]),
-                      prefix=lambda: peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=49))[method]()
+                      prefix=lambda: peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=49, num_attention_heads=model.config.num_heads,
+                                                             token_dim=model.config.num_heads * model.config.d_kv))[method]()
         model = peft.get_peft_model(model, config)
     else:
         for name, parameter in model.named_parameters():
@@ -205,8 +206,8 @@ def be_alone(args):
         optimiser.step()
         optimiser.zero_grad()
     if args.what == "memory":
-        import resource
-        print(torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        status = Path("/proc/self/status").read_text()           # not getrusage: its peak begins with that of the process that started this one
+        print(torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else int(status.split("VmHWM:")[1].split()[0]) / 2**10)
 
 
 def processes(args):
