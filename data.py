@@ -365,8 +365,12 @@ def plan_epoch(lengths, batch_size, seed, pool=16):
 
 
 def pad(rows, value):
-    """List of id arrays -> int64 array [B, longest], padded on the right with `value`."""
-    out = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    """List of id arrays -> int64 array [B, longest], padded on the right with `value`.
+
+    From 64 on lengths are multiples of 8: a CPU's library keeps programs of its own for every shape that it has met.
+    """
+    longest = max(map(len, rows))
+    out = np.full((len(rows), longest if longest < 64 else -(-longest // 8) * 8), value, np.int64)
     for line, ids in zip(out, rows):
         line[:len(ids)] = ids
     return out

@@ -300,8 +300,8 @@ class HyperPELT(nn.Module):
         norms = {id(module.weight) for module in self.t5.modules() if isinstance(module, RMSNorm)}
         for parameter in self.t5.parameters():
             parameter.requires_grad = train_backbone or id(parameter) in norms
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+            # Trained ones get memory of their own: a tensor that lies in its file would keep the whole file in memory.
+            parameter.data = parameter.data.clone() if parameter.requires_grad else parameter.data.to(dtype)
         self.t5.dtype = dtype
 
     @torch.no_grad()

@@ -249,7 +249,8 @@ class Block(nn.Module):
         x = x + self.dropout(self.self_attention(u, k, v, mask))
         if memory is not None:
             if "cross" not in cache:                                         # the same at every decoding step
-                cache["cross"] = self.cross_attention.keys_values(memory, memory_prefix)
+                keys_values = self.cross_attention.keys_values(memory, memory_prefix)
+                cache["cross"] = tuple(t.contiguous() for t in keys_values)  # one copy now in place of one at every step
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), *cache["cross"], memory_mask))
         u = self.ffn_norm(x)
         y = self.ffn(u)

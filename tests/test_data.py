@@ -193,6 +193,9 @@ def test_batches():
     means = [lengths[rows].mean() for rows in plan]
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
     assert data.pad([np.array([3, 1]), np.array([1])], -100).tolist() == [[3, 1], [1, -100]]
+    padded = data.pad([np.arange(70), np.arange(5)], 0)                      # 64 and longer: multiples of 8
+    assert padded.shape == (2, 72) and padded[0].tolist() == [*range(70), 0, 0] and not padded[1, 5:].any()
+    assert [data.pad([np.ones(n)], 0).shape[1] for n in (63, 64, 65, 128)] == [63, 64, 72, 128]
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
