@@ -252,11 +252,12 @@ def read_encoder(kind, file, path):
     with torch.device("meta"):                                               # shapes only
         make, sizes = kind.from_shapes(need, [name.removeprefix(kind.prefix) for name in parts], path.parent)
         model = make(*sizes)
-    wanted = {public_name(kind, name): name for name in model.state_dict()}  # public name -> ours
+    empty = model.state_dict()
+    wanted = {public_name(kind, name): name for name in empty}               # public name -> ours
     for name, part in parts.items():
         allowed = ("F32", "F16", "BF16")
         if name in wanted:
-            expected = list(model.state_dict()[wanted[name]].shape)
+            expected = list(empty[wanted[name]].shape)
             if part.get_shape() != expected:
                 raise UserError(f"{path}: tensor {name} has shape {part.get_shape()}, expected {expected}")
         elif not kind.unused.fullmatch(name):

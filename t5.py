@@ -427,8 +427,9 @@ class T5(nn.Module):
         folder = find_checkpoint(name_or_folder)
         with torch.device("meta"):                                           # shapes only: nothing is filled twice
             model = cls(T5Config.from_file(folder / "config.json"))
-        names = {public_name(name): name for name in model.state_dict()}
-        found = dict(read_tensors(folder, {public: list(model.state_dict()[name].shape) for public, name in names.items()}))
+        empty = model.state_dict()
+        names = {public_name(name): name for name in empty}
+        found = dict(read_tensors(folder, {public: list(empty[name].shape) for public, name in names.items()}))
         for public in sorted(names.keys() - found.keys()):
             raise UserError(f"{folder}: tensor {public} is missing")
         for copy in COPIES:

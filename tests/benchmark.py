@@ -2,6 +2,7 @@
 
     python tests/benchmark.py --model DIR --data-dir DIR [--rounds 3] [--quick]          # also: pip install peft
     python tests/benchmark.py --model DIR --data-dir VL --features DIR       # batches of vqa: with images against without
+    python tests/benchmark.py --model DIR --data-dir DIR --curves FILE.png   # cost over tasks, N, length; drawn with matplotlib
 
 Training: forward, backward and AdamW on the same RTE rows; a backbone that is frozen but for what is trained. The programs take turns, a batch
 each; a program's time is the sum over the batches of a round, a ratio the median over the rounds.
@@ -10,6 +11,7 @@ each; a program's time is the sum over the batches of a round, a ratio the media
     tuned           transformers with autocast to bfloat16, SDPA (transformers 5 and newer has it for T5), our batches
 Evaluation: greedy answers to RTE's validation rows, against transformers' generate with its cache. Memory: the peak of a process of its own that takes
 two steps of 32 rows of 128 tokens. Start-up: from the start of a process to the end of its first step. First of all it checks that all compute the same.
+Curves: batches of random tokens, 32 rows of 80 where length does not vary, 8 rows where it does; each against the same T5 with its norms trained only.
 With images there is nothing to compare with: each way of vision is compared with the same questions without images.
 """
 import argparse
@@ -234,11 +236,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="times that all batches are run (default: 3)")
     parser.add_argument("--quick", action="store_true", help="fewer of all: about a minute")
     parser.add_argument("--features", help="folder of image features: compare the ways of vision on vqa")
+    parser.add_argument("--curves", metavar="FILE", help="measure and draw the cost over tasks, N and length")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--what", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.features:
         return images(args)
+    if args.curves:
+        return curves(args)
     if args.alone:
         return be_alone(args)
     import transformers
@@ -249,6 +254,47 @@ def main():
     train_steps(args, data.encode_examples(data.read_split(data.TASKS["rte"], args.data_dir, "train"), tokenizer.encode, 128, 16))
     evaluation(args, tokenizer)
     processes(args)
+
+
+def curves(args):
+    """The time of a training step over the number of tasks, over N and over the length of the text, each as a share of norms' alone."""
+    from matplotlib.figure import Figure
+    generator, vocabulary = torch.Generator().manual_seed(0), 1000
+
+    def times_of(settings):
+        """{x: (rows, length, tasks, N)} -> {x: seconds of a step of hyperpelt, of norms alone}, medians of rounds in turn."""
+        programs = {}
+        for x, (rows, length, tasks, n) in settings.items():
+            batch = torch.randint(3, vocabulary, (rows, length), generator=generator).to(DEVICE), torch.randint(3, vocabulary, (rows, 4), generator=generator).to(DEVICE)
+            for name, config in (("hyperpelt", HyperPELTConfig(prefix_length=n)), ("norms", HyperPELTConfig("norms"))):
+                model = HyperPELT(T5.from_pretrained(args.model), [f"task {i}" for i in range(tasks)], config, torch.bfloat16).to(DEVICE).train()
+                programs[x, name] = model, optimiser_of(model), batch
+        times = {key: [] for key in programs}
+        for turn in range(3 * args.rounds + 1):
+            for key, (model, optimiser, (ids, labels)) in programs.items():
+                synchronise()
+                start = time.perf_counter()
+                model(ids, ids != 0, labels, model.tasks[turn % len(model.tasks)])[1].backward()
+                optimiser.step()
+                optimiser.zero_grad()
+                synchronise()
+                times[key].append(time.perf_counter() - start)
+        return {x: [statistics.median(times[x, name][1:]) for name in ("hyperpelt", "norms")] for x in settings}
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, (title, settings) in zip(figure.subplots(1, 3), {"number of tasks": {t: (32, 80, t, 49) for t in (1, 4, 16, 64)},
+                                                               "prefix length N": {n: (32, 80, 1, n) for n in (1, 25, 49, 100, 200)},
+                                                               "length of the text, tokens": {s: (8, s, 1, 49) for s in (32, 64, 128, 256, 512)}}.items()):
+        found = times_of(settings)
+        print(f"\n{title:28}" + "".join(f"{x:>9}" for x in found) + f"\n{'time / norms alone':28}" + "".join(f"{ours / plain:>9.2f}" for ours, plain in found.values())
+              + f"\n{'time / its first':28}" + "".join(f"{ours / next(iter(found.values()))[0]:>9.2f}" for ours, _ in found.values()))
+        first = next(iter(found.values()))[1]                    # norms alone at the first point is the unit
+        for name, which in (("hyperpelt", 0), ("norms alone", 1)):
+            axes.plot(list(found), [pair[which] / first for pair in found.values()], "o-", label=name)
+        axes.set(xlabel=title, ylabel="time of a step, in that of norms alone at the left end" if axes.get_subplotspec().is_first_col() else None, ylim=(0, None))
+        axes.legend()
+    figure.savefig(args.curves, dpi=110)
+    print(f"\ndrawn: {args.curves}")
 
 
 def images(args):
