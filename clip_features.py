@@ -192,6 +192,8 @@ class ModifiedResNet(nn.Module):
         channels, half = need("conv3.weight", 4)[:2]
         cells, width = need("attnpool.positional_embedding", 2)              # used for nothing else
         grid, blocks = math.isqrt(cells - 1), [len({m[1] for m in map(re.compile(rf"layer{i}\.(\d+)\.").match, names) if m}) for i in (1, 2, 3, 4)]
+        if 0 in blocks:                                                      # none of a layer's blocks: its first is missing
+            need(f"layer{1 + blocks.index(0)}.0.conv1.weight", 4)
         if (cells, width) != (1 + grid * grid, 32 * channels) or channels != 2 * half:
             need("attnpool.positional_embedding", 2, f"[1 + a square, {64 * half}]")
         return cls, (channels, blocks, grid)

@@ -277,8 +277,8 @@ def make_splits(task, data_dir, scheme="paper"):
     """
     if isinstance(task, ImageTask):
         folder = find_folder(task, data_dir)
-        splits = task.read(task, folder, scheme)
-        if not splits.get("train") or not splits.get("validation"):
+        splits = {name: examples for name, examples in task.read(task, folder, scheme).items() if examples}
+        if "train" not in splits or "validation" not in splits:
             found = ", ".join(f"{len(splits.get(name, ())):,} of {name}" for name in ("train", "validation"))
             raise UserError(f"{folder}: found examples: {found}; expected at least 1 of each")
         return splits

@@ -382,6 +382,8 @@ class HyperPELT(nn.Module):
         if self.image_tokens is not None:
             weight, bias = (p.to(self.t5.dtype) for p in self.image_tokens.parameters())
             return dict(sites=sites, front=F.linear(features, weight, bias))
+        if features.size(1) != self.config.prefix_length:                   # one row would silently serve for all N positions
+            raise ValueError(f"features of {features.size(1)} positions, expected prefix_length, {self.config.prefix_length}")
         return dict(sites=self.add_images(sites, features))
 
     def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0, features=None):
@@ -428,7 +430,7 @@ def tour(folder):
     def step(title, *lines):
         print(f"\n{title}", *(f"    {line}" for line in lines), sep="\n")
 
-    before = predict()
+    before = predict() if not settings["init_from"] else f"not shown, the run began from {settings['init_from']}"
     with safe_open(folder / "best.safetensors", framework="pt") as file:
         for key, parameter in model.trained().items():
             parameter.copy_(file.get_tensor(key))

@@ -131,6 +131,11 @@ def parse_arguments():
     return vars(parser.parse_args())
 
 
+def default_out(given):
+    option = {name: default for name, _, default, _ in OPTIONS} | given
+    return f"runs/{option['task'].replace(',', '-')}-{option['method']}"
+
+
 def complete_settings(given):
     """{option: value} -> settings (Namespace). For a run that exists they are the saved ones; another value is refused."""
     given, defaults = dict(given), {name.replace("-", "_"): default for name, _, default, _ in OPTIONS}
@@ -141,7 +146,7 @@ def complete_settings(given):
         settings["data_dir"] = "glue"
     elif not settings["data_dir"] or Path(settings["data_dir"]).resolve() == SAMPLE:
         settings = {**settings, **SAMPLE_DEFAULTS, **given, "data_dir": ""}        # "": the bundled sample, wherever it lies
-    out = Path(settings["out"] or f"runs/{settings['task'].replace(',', '-')}-{settings['method']}")
+    out = Path(settings["out"] or default_out(given))
     settings["old"] = any(settings[name] for name in ("resume", "eval_only", "predict", "ask", "export"))
     if settings["export"]:
         settings["export_task"] = given.pop("task", "")                      # chooses one of the run's
@@ -730,7 +735,7 @@ def command(given):
         return print(table(given["table"]))
     if "seeds" not in given:
         return run_once(complete_settings(given))
-    out, seed = given.get("out") or complete_settings({**given, "resume": False}).out, given.get("seed", 0)
+    out, seed = given.get("out") or default_out(given), given.get("seed", 0)
     folders = [Path(out) / f"seed-{i}" for i in range(seed, seed + given.pop("seeds"))]
     for folder in folders:
         resume, started = given.get("resume", False), (folder / "config.json").exists()

@@ -167,6 +167,16 @@ def make_resnet(folder, file="model.safetensors", channels=8, blocks=(2, 1, 3, 1
     return model.eval()
 
 
+def test_a_resnet_without_one_of_its_layers_is_refused(tmp_path):
+    make_resnet(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    for layer in (2, 4):
+        save_file({name: tensor for name, tensor in whole.items() if f".layer{layer}." not in name}, path)
+        with pytest.raises(UserError, match=rf"layer{layer}\.0\.conv1\.weight is missing"):
+            load_encoder(tmp_path)
+
+
 @pytest.mark.parametrize("file", clip_features.FILES)
 @pytest.mark.parametrize("shape", [(8, (2, 1, 3, 1), 2), (12, (1, 2, 1, 2), 3)])
 def test_every_feature_map_equals_a_second_resnet(file, shape, tmp_path):

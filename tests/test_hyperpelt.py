@@ -148,6 +148,14 @@ def test_model_equals_numpy(method, task, tmp_path):
         assert np.abs(expected - logits[row, :real].numpy()).max() < 1e-3 * np.abs(expected).max(), row
 
 
+def test_a_grid_of_another_size_is_refused(tmp_path):
+    """Features of one position would otherwise serve for all N, without a word."""
+    model, (ids, mask, labels) = make(tmp_path, visual_width=9, vision="both"), inputs()
+    for positions in (1, 4):
+        with pytest.raises(ValueError, match=f"{positions} positions, expected prefix_length, 5"):
+            model(ids, mask, labels, "rte", features=torch.zeros(len(ids), positions, 9))
+
+
 @pytest.mark.parametrize("method,vision", [("hyperpelt", "both"), ("hyperpelt", "prefix"), ("hyperpelt", "adapter"), ("hyperpelt", "tokens"),
                                            ("hyperprefix", "both"), ("hyperadapter", "both")])
 def test_images_equal_numpy(method, vision, tmp_path):

@@ -88,6 +88,18 @@ def test_seeds_and_table(several):
         assert metrics[0]["average"]["test"]["metrics"] == pytest.approx(values[0].mean())
 
 
+def test_seeds_beside_a_run_of_one(monkeypatch, tmp_path):
+    """The folder that several seeds get by default is named as that of one run; a run that lies in it is not in their way."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "rte-norms").mkdir(parents=True)
+    (tmp_path / "runs" / "rte-norms" / "config.json").write_text("{}")
+    started = []
+    monkeypatch.setattr(train_module, "run_once", lambda settings: started.append((settings.out, settings.seed)))
+    monkeypatch.setattr(train_module, "table", lambda folders: "")
+    train_module.command(dict(method="norms", seeds=2))
+    assert started == [(f"runs/rte-norms/seed-{i}", i) for i in (0, 1)]
+
+
 def test_seeds_go_on(several, tmp_path):
     """A run of several seeds that broke off: --resume skips what is finished and ends with the same table."""
     shutil.copytree(several[0] / "mam", tmp_path / "mam")

@@ -250,6 +250,8 @@ def test_gqa_files(tmp_path):
         data.Example(["gqa:", "Is it red?"], "Yes", "Yes ", "0201", ("gqa", "n123")), data.Example(["gqa:", "Is it red?"], "no", "no", "02", ("gqa", "7"))]
     dump(tmp_path / "GQA" / "testdev_balanced_questions.json", {"5": gqa_row()})
     assert [e.index for e in data.make_splits(GQA, tmp_path)["test"]] == ["5"]
+    dump(tmp_path / "GQA" / "testdev_balanced_questions.json", {})           # a split without rows is none: nothing could be scored
+    assert list(data.make_splits(GQA, tmp_path)) == ["train", "validation"]
     assert data.score(GQA, [" yes", "noo"], splits["train"]) == {"accuracy": .5}
 
 
