@@ -6,6 +6,8 @@
 
 A row of a file becomes an Example: `source` text (task name, then the fields), `target` text (a label word), `gold`.
 Formats: T5's own (Raffel et al. 2020, appendix D), since public T5 checkpoints have seen them. Splits: see `make_splits`.
+The order of the file: GLUE and other text tasks, metrics, image tasks; then what all files share: reading, downloads, safe writing,
+the command line. A first reading can stop there.
 """
 import argparse
 import contextlib
@@ -105,7 +107,7 @@ class Example:
     gold: object    # label as the file writes it, or a float
     index: str      # the file's own row id where it has one, else the row's number from 0
     image: object = None   # (image set, image id), two strings: ("train2014", "9")
-    targets: tuple = ()    # right answers, (text, weight): training draws one by weight; empty: `target`, else the likeliest of them
+    targets: tuple = ()    # right answers, (text, weight): training draws one by weight, `target` is the likeliest; empty: `target` alone
 
     @property
     def source(self):

@@ -17,13 +17,18 @@ VL-HyperPELT, for a task that comes with images, has a second side, with hyperne
     (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]        the image's prefix after the task's
     (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                 the image's adapter beside the task's
 What it is compared with enters by (3), (5) and (6) too, but is trained itself, a set for each task:
-    (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                            prefix-tuning, reparameterised; W, c of all tasks
+    (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                            prefix-tuning, reparameterised; W, c shared by all tasks
 A site is a place that receives generated weights: (block type, layer), five block types. The weights of all sites are
 made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
 [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
 
-Shapes: B batch, S source (or target) length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
-E hyper-embedding width d_I, Z input embedding width d_t, V width of an image's features, Q hidden width of eq. (11).
+Shapes: B batch, S source (or target) length, T target length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
+L layers of encoder and decoder, E hyper-embedding width d_I, Z input embedding width d_t, Q hidden widths (the projector's, eq. (11)'s),
+V width of an image's features, in logits the vocabulary.
+
+    model = HyperPELT(T5.from_pretrained(folder), ["rte"], HyperPELTConfig())                    # what train.py does with it
+    logits, loss = model(input_ids, attention_mask, labels, "rte")
+    model.t5.generate(input_ids, sites=model.generate_sites("rte"))
 """
 import math
 from collections import Counter
@@ -66,9 +71,9 @@ class HyperPELTConfig:
     prefix_length: int = 49         # N [R]: the 7 x 7 cells of an image's features fit it position by position
     embedding_dim: int = 768        # Z, d_t [R]: this and the next three give the paper's 1.01x, 1.02x and 0.24 % per task
     hyper_dim: int = 64             # E, d_I [R]
-    projector_dim: int = 128        # h, hidden width of the projector of eq. (1) [R]
-    bottleneck: int = 24            # R [R]
-    reparam_dim: int = 512          # Q, width of the hidden layer of eq. (11) [X: prefix-tuning; with it the paper's 1.14x, D]
+    projector_dim: int = 128        # Q, hidden width of the projector of eq. (1) [R]
+    bottleneck: int = 24            # R, width of an adapter [R]
+    reparam_dim: int = 512          # Q of eq. (11), width of its hidden layer [X: prefix-tuning; with it the paper's 1.14x, D]
     per_position: bool = True       # True: an embedding for each of the N positions [R]; False: one vector [X: HyperFormer]
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
@@ -76,7 +81,7 @@ class HyperPELTConfig:
     position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
     visual_width: int = 0           # V; 0: no image side. 2048: the last map of CLIP's ResNet-101 [R, X: VL-Adapter]
     visual_norm: bool = True        # layer norm, without weights, on V, whose scale is the encoder's (one had 38) [C]
-    vision: str = "both"            # a key of VISION; of a method without prefixes (adapters) an image gets none either [C]
+    vision: str = "both"            # a key of VISION; if the method has no prefixes (or no adapters), images get none either [C]
 
 
 # -------------------------------------------------------------------------------- hyper-embeddings: eq. (1), (7), (8)
@@ -93,10 +98,10 @@ class Projector(nn.Module):
     def forward(self, z, layer, block, layer_ids, block_ids):
         """z: of a task [N, Z], of images [B, N, Z]; tables [L, N, Z] and [5, N, Z]; ids [sites] -> [sites, (B,) N, E]."""
         # W1 [z; l; b] is the sum of three products: each embedding meets its own columns of W1 once, not once per site.
-        w_z, w_layer, w_block = self.hidden.weight.chunk(3, dim=1)                                  # [h, Z] each
-        z = F.linear(z, w_z, self.hidden.bias)                                                      # [(B,) N, h]
-        l = F.linear(layer, w_layer)[layer_ids]                                                     # [sites, N, h]
-        b = F.linear(block, w_block)[block_ids]                                                     # [sites, N, h]
+        w_z, w_layer, w_block = self.hidden.weight.chunk(3, dim=1)                                  # [Q, Z] each
+        z = F.linear(z, w_z, self.hidden.bias)                                                      # [(B,) N, Q]
+        l = F.linear(layer, w_layer)[layer_ids]                                                     # [sites, N, Q]
+        b = F.linear(block, w_block)[block_ids]                                                     # [sites, N, Q]
         site = l + b if z.dim() == 2 else (l + b)[:, None]                                          # for all images alike
         return self.norm(self.out(F.relu(z + site)))                                                # eq. (1), (8)
 
@@ -163,7 +168,8 @@ class AdapterHypernetwork(nn.Module):
         down = self.down(mean).unflatten(-1, (self.bottleneck, self.d_model))       # eq. (4): W_down  [sites, (B,) R, D]
         up = self.up(mean).unflatten(-1, (self.d_model, self.bottleneck))           # eq. (4): W_up    [sites, (B,) D, R]
         # lambda A(u) = (lambda W_up) ReLU(...) + lambda b_up: scaling the small tensors spares one pass over [B, S, D].
-        return down, self.down_bias(mean), self.scale * up, self.scale * self.up_bias(mean)
+        down_bias, up_bias = self.down_bias(mean), self.up_bias(mean)               # eq. (4): b_down, b_up    [sites, (B,) R], [.., D]
+        return down, down_bias, self.scale * up, self.scale * up_bias               # lambda of eq. (6), (10)
 
 
 # ------------------------------------------------------------------- without a hypernetwork: the baselines, eq. (11)
@@ -183,7 +189,7 @@ class LearnedWeights(nn.Module):
             shape = tasks, self.adapters
             self.down = nn.Parameter((2 * torch.rand(*shape, config.bottleneck, d_model) - 1) * d_model**-0.5)          # as nn.Linear
             self.down_bias = nn.Parameter(torch.zeros(*shape, config.bottleneck))
-            self.up = nn.Parameter(torch.zeros(*shape, d_model, config.bottleneck))             # a no-op at first, as above
+            self.up = nn.Parameter(torch.zeros(*shape, d_model, config.bottleneck))             # a no-op at first, as in `initialise`
             self.up_bias = nn.Parameter(torch.zeros(*shape, d_model))
             self.scale = nn.Parameter(torch.ones(()))                                           # lambda: 1 here [X: MAM]
 
@@ -308,8 +314,8 @@ class HyperPELT(nn.Module):
     def initialise(self):
         """Linear maps start as PyTorch makes them, with biases of 0, but for these. [C]
 
-        z_tau, l_i, b_j: half of the variance is one vector for all N positions, so that their mean, which the adapters
-        see, tells sites apart. W_up: a head of zeros, so that adapters are an exact no-op at first.
+        z_tau, l_i, b_j: 1 - position_noise of the variance is one vector for all N positions, so that their mean, which the
+        adapters see, tells sites apart. W_up: a head of zeros, so that adapters are an exact no-op at first.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("t5."):
@@ -338,11 +344,11 @@ class HyperPELT(nn.Module):
         """
         if not self.prefix_sites + self.adapter_sites:
             return {}
-        prefixes, adapters = (self.learned or self.generate)(self.tasks.index(task))
+        prefixes, adapters = (self.learned or self.generate_weights)(self.tasks.index(task))
         return ({site: Prefix(part) for site, part in self.by_site(self.prefix_sites, prefixes)}
                 | {site: Adapter(part) for site, part in self.by_site(self.adapter_sites, adapters)})
 
-    def generate(self, number):
+    def generate_weights(self, number):
         """Number of a task -> P_k, P_v of the prefix sites; the four tensors of the adapter sites; () where there are none."""
         hyper = self.hyper_embedding(number, self.layer_ids, self.block_ids)                        # [sites, N, E]
         for_prefixes, for_adapters = hyper.split([len(self.prefix_sites), len(self.adapter_sites)])
@@ -377,7 +383,7 @@ class HyperPELT(nn.Module):
         the baseline with image tokens only, `front`, embedded tokens [B, N, D] before the text."""
         if features is None:                                                # a text batch pays nothing for the visual side
             return dict(sites=sites)
-        features = F.layer_norm(features.float(), features.shape[-1:]) if self.config.visual_norm else features
+        features = F.layer_norm(features.float(), features.shape[-1:]) if self.config.visual_norm else features      # V of eq. (7)
         features = features.to(self.t5.dtype)
         if self.image_tokens is not None:
             weight, bias = (p.to(self.t5.dtype) for p in self.image_tokens.parameters())

@@ -4,7 +4,7 @@
     ids = torch.tensor([tokenizer.encode("translate English to German: The house is wonderful.")])
     print(tokenizer.decode(model.generate(ids)[0].tolist()))
 
-The file is a T5 and nothing more, with two seams through which a method may inject weights. Both are looked up in
+The file is a T5 with its tokenizer and its download, and nothing more, with two seams through which a method may inject weights. Both are looked up in
 `sites`, a dict from (block type, layer) to a callable; with no `sites` neither does anything:
     1. Attention.keys_values: prefix(k, v) returns the keys and values with `prefix.length` more columns in front;
     2. Block.forward: adapter(u) is a term beside FFN(u), both fed by the same normed input u.
@@ -201,7 +201,7 @@ class Attention(nn.Module):
 
     def forward(self, u, k, v, mask):                                        # [B, T, D], mask [B or 1, H or 1, T or 1, N+S]
         q = self.split(self.q(u))                                            # [B, H, T, K]
-        if u.device.type == "cpu":                       # as the next line; its kernels for a CPU are slower, without dropout
+        if u.device.type == "cpu":                       # as the other branch; its kernels for a CPU are slower, without dropout
             y = self.dropout(torch.softmax(q @ k.transpose(2, 3) + mask, -1)) @ v
         else:                                            # T5 does not divide scores by sqrt(K): hence scale=1
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0,
@@ -254,8 +254,8 @@ class Block(nn.Module):
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), *cache["cross"], memory_mask))
         u = self.ffn_norm(x)
         y = self.ffn(u)
-        if adapter is not None:                                              # seam 2: a term beside the FFN
-            y = y + adapter(u)
+        if adapter is not None:                                              # seam 2: a term beside the FFN, scaled already:
+            y = y + adapter(u)                                               # eq. (6), (10) of hyperpelt.py
         return x + self.dropout(y)
 
 
