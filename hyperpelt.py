@@ -273,8 +273,8 @@ class HyperPELT(nn.Module):
         self.has_prefix, self.has_adapter, source = METHODS[config.method]
         visual_prefix, visual_adapter, tokens = VISION[config.vision] if config.visual_width else (False,) * 3
         generated = source == "hypernetworks"
-        self.visual_prefix, self.visual_adapter = (generated and own and visual for own, visual in (
-            (self.has_prefix, visual_prefix), (self.has_adapter, visual_adapter)))
+        self.visual_prefix = generated and self.has_prefix and visual_prefix
+        self.visual_adapter = generated and self.has_adapter and visual_adapter
         if config.visual_width and not (self.visual_prefix or self.visual_adapter or tokens):
             raise UserError(f"method {config.method} with vision {config.vision} lets no image in; vision tokens does")
         self.freeze(config.method == "full", dtype)

@@ -65,7 +65,7 @@ RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK",
 
 # -------------------------------------------------------------------------------------------------------- settings
 
-def number(kind, low, high=10**9):
+def in_range(kind, low, high=10**9):
     """-> a converter for argparse that takes low to high, and so no nan."""
     def convert(text):
         if not low <= kind(text) <= high:
@@ -85,28 +85,28 @@ OPTIONS = [  # name, type or choices, default, help
      "prefix, adapter, mam (both): learned for each task without a hypernetwork; norms: neither; full: fine-tune all"),
     ("out", str, "", "folder of the run (default: runs/TASK-METHOD)"),
     ("split", ["paper", "official"], "paper", "paper: validation halved, or 1,000 training rows held out; official: as the files are"),
-    ("steps", number(int, 1), 0, "training steps (default: what --epochs gives)"),
-    ("epochs", number(float, 0.001), 6.0, "passes over the training rows"),
-    ("batch-size", number(int, 1), 32, "rows of a step, of all processes together"),
-    ("lr", number(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; the paper's: 1e-3, R]"),
+    ("steps", in_range(int, 1), 0, "training steps (default: what --epochs gives)"),
+    ("epochs", in_range(float, 0.001), 6.0, "passes over the training rows"),
+    ("batch-size", in_range(int, 1), 32, "rows of a step, of all processes together"),
+    ("lr", in_range(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; the paper's: 1e-3, R]"),
     ("schedule", ["constant", "linear"], "linear", "after the warm-up: constant, or linear to 0"),
-    ("warmup-steps", number(int, 0), 10, "steps in which the learning rate rises from 0"),
-    ("label-smoothing", number(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
-    ("temperature", number(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
-    ("max-source-length", number(int, 8), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
-    ("n-train", number(int, 1), 0, "training rows of each task, drawn by the seed (default: all)"),
+    ("warmup-steps", in_range(int, 0), 10, "steps in which the learning rate rises from 0"),
+    ("label-smoothing", in_range(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
+    ("temperature", in_range(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
+    ("max-source-length", in_range(int, 8), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
+    ("n-train", in_range(int, 1), 0, "training rows of each task, drawn by the seed (default: all)"),
     ("init-from", str, "", "folder of a run whose trained weights this one begins with (default: none)"),
     ("init-task", str, "", "its task whose embedding a new task begins with (default: the one with the least loss on training rows of the new one)"),
-    ("prefix-length", number(int, 1), SIZES.prefix_length, "N, rows of a generated prefix"),
-    ("bottleneck", number(int, 1), SIZES.bottleneck, "R, width of a generated adapter"),
-    ("embedding-dim", number(int, 1), SIZES.embedding_dim, "width of the task, layer and block embeddings"),
-    ("hyper-dim", number(int, 1), SIZES.hyper_dim, "width of a hyper-embedding"),
-    ("seed", number(int, 0, 2**31), 0, "of initial weights, dropout and the order of the rows"),
+    ("prefix-length", in_range(int, 1), SIZES.prefix_length, "N, rows of a generated prefix"),
+    ("bottleneck", in_range(int, 1), SIZES.bottleneck, "R, width of a generated adapter"),
+    ("embedding-dim", in_range(int, 1), SIZES.embedding_dim, "width of the task, layer and block embeddings"),
+    ("hyper-dim", in_range(int, 1), SIZES.hyper_dim, "width of a hyper-embedding"),
+    ("seed", in_range(int, 0, 2**31), 0, "of initial weights, dropout and the order of the rows"),
     ("precision", ["auto", "fp32", "bf16"], "auto", "bf16: frozen weights and activations in bfloat16; auto: where the machine is fast at it"),
-    ("eval-every", number(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
+    ("eval-every", in_range(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
 ]
-FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict", "ask", "export", "seeds", "table")  # may differ from the saved run's
-# settings: the contents of backbone and data are compared instead
+# Options that may differ from the saved run's; of backbone, data and features the contents are compared instead.
+FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict", "ask", "export", "seeds", "table")
 
 
 def parse_arguments():
@@ -127,7 +127,7 @@ def parse_arguments():
                        "(17, or val2014:17); the first task of the run that fits, or the one whose name stands before them")
     group.add_argument("--export", metavar="FILE", help="write what best.safetensors of the run in --out generates for a task (--task) as plain tensors")
     group.add_argument("--table", metavar="RUN", nargs="+", help="print runs as a table, Markdown: methods x tasks, mean and standard deviation over seeds")
-    parser.add_argument("--seeds", metavar="COUNT", type=number(int, 1), help="as many runs, from --seed on, in OUT/seed-...; with --resume those that are not finished")
+    parser.add_argument("--seeds", metavar="COUNT", type=in_range(int, 1), help="as many runs, from --seed on, in OUT/seed-...; with --resume those that are not finished")
     return vars(parser.parse_args())
 
 
@@ -343,14 +343,14 @@ def gather(value):
     return values
 
 
-def write_whole(path, content):
+def write_first(path, content):
     """The first process' file; all wait for it, since the next thing may be to read it."""
     if RANK == 0:
         data.write_whole(path, content)
     gather(None)
 
 
-def leave(message, code):
+def leave_first(message, code):
     sys.exit(code) if RANK else data.leave(message, code)
 
 
@@ -433,7 +433,7 @@ def show(result):
 def save_tensors(path, tensors, metadata):
     """safetensors, written aside and renamed: the previous file stays until the new one is whole."""
     # One key of metadata: with several, safetensors writes them in an order that differs from run to run.
-    write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"hyperpelt": json.dumps(metadata)}))
+    write_first(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"hyperpelt": json.dumps(metadata)}))
 
 
 def load_tensors(path, expected, keys):
@@ -632,7 +632,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
     log_path = out / "log.jsonl"
     if settings.resume:
         progress = load_last(out / "last.safetensors", model, optimiser)
-        write_whole(log_path, "".join(line + "\n" for line in read_log(log_path, progress["step"])).encode())
+        write_first(log_path, "".join(line + "\n" for line in read_log(log_path, progress["step"])).encode())
         print(f"resumed at step {progress['step']} of {steps}")
     else:
         save_last(out / "last.safetensors", model, optimiser, progress)      # from here on there is something to resume
@@ -674,7 +674,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
         if stopping:
             save_progress()
             bar.close()
-            leave(f"stopped at step {step}; go on with: python train.py --out {out} --resume", 128 + stopping[0])
+            leave_first(f"stopped at step {step}; go on with: python train.py --out {out} --resume", 128 + stopping[0])
         if step == steps:
             break
         model.train()
@@ -789,7 +789,7 @@ def run_once(settings):
         record = dict(format=FORMAT, settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=count,
                       deployed_parameters=deployed(model), backbone_parameters=sum(p.numel() for p in t5.parameters()),
                       hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
-        write_whole(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
+        write_first(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
     if settings.ask:
         load_best(out / "best.safetensors", model)
         return ask(model, tokenizer, tasks, images, settings)
@@ -807,12 +807,12 @@ def run_once(settings):
     best_step = load_best(out / "best.safetensors", model)
     answers = answer_all(model, tokenizer, tasks, rows, ["validation", "test", "mismatched"], stop, known)
     if answers is None:
-        leave(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
+        leave_first(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
     metrics = score_all(tasks, splits, answers)
     majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split}
                 for name, by_split in answers.items()}
     means = {split: averages(tasks, metrics, split) for split in ("validation", "test") if all(split in by_split for by_split in metrics.values())}
-    write_whole(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, average=means, majority=majority), indent=1).encode() + b"\n")
+    write_first(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, average=means, majority=majority), indent=1).encode() + b"\n")
     report(tasks, splits, answers, metrics, majority, means, settings)
     if RANK == 0:
         draw(model, tasks, majority, out)

@@ -27,7 +27,8 @@ FIRST = {"data.py": ["test_data.py", "test_vl_data.py"], "t5.py": ["test_t5.py",
          "clip_features.py": ["test_clip_features.py"], "train.py": ["test_train.py", "test_people.py", "test_vl_train.py", "test_paper.py", "test_safety.py"]}
 TRAPS = [  # what goes wrong, file, the line's text, what stands there instead
     ("1 prefix columns take part in the position bias", "t5.py", "mask = F.pad(mask, (prefix.length if prefix else 0, 0)).to(dtype)", "mask = F.pad(mask, (0, prefix.length if prefix else 0)).to(dtype)"),
-    ("2 scores are divided by sqrt(d_kv)", "t5.py", "attn_mask=mask, scale=1.0,", "attn_mask=mask,"),
+    ("2 scores are divided by sqrt(d_kv)", "t5.py", "torch.softmax(q @ k.transpose(2, 3) + mask, -1)", "torch.softmax(q @ k.transpose(2, 3) * q.size(-1)**-0.5 + mask, -1)"),
+    ("2 scores are divided by sqrt(d_kv) on other devices", "t5.py", "attn_mask=mask, scale=1.0,", "attn_mask=mask,"),
     ("3 a prefix is masked", "t5.py", "(prefix.length if prefix else 0, 0))[:, None, None]", "(prefix.length if prefix else 0, 0), value=MASKED)[:, None, None]"),
     ("4 a prefix is d_model wide", "hyperpelt.py", "self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)", "self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_model // c.num_heads)"),
     ("5 the prefix is put in front at every step", "t5.py", "prefix if earlier is None else None)", "prefix)"),
@@ -44,7 +45,7 @@ TRAPS = [  # what goes wrong, file, the line's text, what stands there instead
     ("12 no dropout after the last norm", "t5.py", "return self.dropout(self.norm(x))", "return self.norm(x)"),
     ("12 no dropout after the embedding", "t5.py", "        x = self.dropout(x)\n        for i, block", "        for i, block"),
     ("12 no dropout in the FFN", "t5.py", "return self.wo(self.dropout(y))", "return self.wo(y)"),
-    ("13 what is trained is held in bfloat16", "hyperpelt.py", "            if not parameter.requires_grad:\n                parameter.data", "            if True:\n                parameter.data"),
+    ("13 what is trained is held in bfloat16", "hyperpelt.py", "parameter.data.clone() if parameter.requires_grad else parameter.data.to(dtype)", "parameter.data.to(dtype)"),
     ("14 no eos after a cut", "t5.py", "return ids[:max_length and max_length - 1] + [1]", "return (ids + [1])[:max_length]"),
     ("14 sentinels count upwards", "t5.py", "ids += [self.first_sentinel - int(part)]", "ids += [self.first_sentinel - 99 + int(part)]"),
     ("15 the decoder sees -100", "t5.py", "        shifted = shifted.masked_fill(shifted == -100, self.config.pad_token_id)\n", ""),

@@ -137,16 +137,29 @@ def test_dropout_is_where_transformers_has_it(kind, tmp_path, monkeypatch):
             assert (ours(ids, mask, labels)[0] - expected).abs().max() > 1e-2
 
 
-def test_training_attention_equals_sdpa(tmp_path):
-    """On a CPU in training mode attention is written out; with dropout off it must be what the kernel gives."""
+class Elsewhere(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+    device = property(lambda self: torch.device("cuda"))
+
+
+def test_written_out_attention_equals_sdpa(tmp_path):
+    """On a CPU attention is written out; it must be what the kernel of other devices gives, with a bias, padding and causality in the mask."""
     make_checkpoint(tmp_path)
-    model = T5.from_pretrained(tmp_path)
-    for module in model.modules():
-        if isinstance(module, t5.Dropout):
-            module.rate = 0.0
-    ids, mask, labels = inputs()
-    with torch.no_grad():
-        assert torch.allclose(model.train()(ids, mask, labels)[0], model.eval()(ids, mask, labels)[0], atol=1e-5)
+    stack = T5.from_pretrained(tmp_path).eval().decoder
+    attention, g = stack.blocks[1].self_attention, torch.Generator().manual_seed(0)
+    u = torch.randn(4, 11, stack.config.d_model, generator=g)
+    padding = torch.ones(4, 11)
+    padding[1:, 7:] = 0
+    called = []
+    kernel = F.scaled_dot_product_attention
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda *args, **named: called.append(1) or kernel(*args, **named))
+        k, v = attention.keys_values(u)
+        mask = stack.self_mask(11, 0, padding, None, torch.float32)
+        written_out = attention(u, k, v, mask)
+        assert not called
+        by_kernel = attention(u.as_subclass(Elsewhere), k, v, mask)
+    assert called and (by_kernel - written_out).abs().max() < 1e-5 * written_out.abs().max()
 
 
 # --------------------------------------------------------------------------------------------------------- loading
