@@ -22,7 +22,7 @@ A site is a place that receives generated weights: (block type, layer), five blo
 made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
 [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
 
-Shapes: B batch, S source (or target) length, T target length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
+Shapes: B batch, S source length (in the decoder's adapters the target's), T target length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
 L layers of encoder and decoder, E hyper-embedding width d_I, Z input embedding width d_t, Q hidden widths (the projector's, eq. (11)'s),
 V width of an image's features, in logits the vocabulary.
 

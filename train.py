@@ -132,6 +132,7 @@ def parse_arguments():
 
 
 def default_out(given):
+    """{option: value} of the command line -> the folder of a run that was given no --out."""
     option = {name: default for name, _, default, _ in OPTIONS} | given
     return f"runs/{option['task'].replace(',', '-')}-{option['method']}"
 

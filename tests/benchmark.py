@@ -234,7 +234,7 @@ def main():
     parser.add_argument("--data-dir", required=True, help="folder with RTE")
     parser.add_argument("--batches", type=int, default=10, help="different batches (default: 10)")
     parser.add_argument("--rounds", type=int, default=3, help="times that all batches are run (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="fewer of all: about a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer of all: about three minutes")
     parser.add_argument("--features", help="folder of image features: compare the ways of vision on vqa")
     parser.add_argument("--curves", metavar="FILE", help="measure and draw the cost over tasks, N and length")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
