@@ -22,7 +22,7 @@ import os
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data import Parser, UserError, catch_signals, digest, leave, parse_json, read_json, run, write_whole
+from data import Parser, UserError, catch_signals, digest, leave, parse_json, read_json, read_tensors, run, write_whole
 
 FILES = ["model.safetensors", "open_clip_model.safetensors"]
 TEXT_HALF = ("text_model.", "text_projection", "logit_scale", "logit_bias", "positional_embedding", "token_embedding.",
@@ -81,8 +81,8 @@ class VisionTransformer(nn.Module):
         self.kind = f"vision transformer, {layers} layers, {heads} heads, patches of {patch}, {activation}"
         self.output = "last layer, class token dropped, before the final layer norm and the projection"
 
-    @classmethod
-    def from_shapes(cls, need, names, folder):
+    @staticmethod
+    def sizes(need, names, folder):
         """Sizes from the tensors' shapes, the rest from config.json, whose sizes must be the same. Raises UserError."""
         width, _, patch, _ = need("embeddings.patch_embedding.weight", 4)
         rows, _ = need("embeddings.position_embedding.weight", 2)
@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
                 ("layer_norm_eps", type(epsilon) is float and 0 < epsilon < 1, "a number between 0 and 1")):
             if not good:
                 raise UserError(f"{path}: {key}: found {vision[key]!r}, expected {expected}")
-        return cls, (width, patch, grid, layers, inner, heads, activation, epsilon)
+        return (width, patch, grid, layers, inner, heads, activation, epsilon)
 
     def position_table(self, side):
         """Positions [1+N, V] for a grid of side x side cells: another grid than the trained one is interpolated (bicubic)."""
@@ -186,8 +186,8 @@ class ModifiedResNet(nn.Module):
         self.kind = f"modified ResNet, {'-'.join(map(str, blocks))} blocks, {channels} channels"
         self.output = "last feature map, before the attention pool"
 
-    @classmethod
-    def from_shapes(cls, need, names, folder):
+    @staticmethod
+    def sizes(need, names, folder):
         """All sizes come from the tensors. Raises UserError."""
         channels, half = need("conv3.weight", 4)[:2]
         cells, width = need("attnpool.positional_embedding", 2)              # used for nothing else
@@ -196,7 +196,7 @@ class ModifiedResNet(nn.Module):
             need(f"layer{1 + blocks.index(0)}.0.conv1.weight", 4)
         if (cells, width) != (1 + grid * grid, 32 * channels) or channels != 2 * half:
             need("attnpool.positional_embedding", 2, f"[1 + a square, {64 * half}]")
-        return cls, (channels, blocks, grid)
+        return (channels, blocks, grid)
 
     def forward(self, pixels):                                               # [B, 3, S, S]
         x = F.relu(self.bn1(self.conv1(pixels)))                             # [B, C/2, S/2, S/2]
@@ -222,11 +222,12 @@ def load_encoder(folder):
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for kind, sign in ((VisionTransformer, "vision_model."), (ModifiedResNet, "visual.layer1.")):
-                    if any(name.startswith(sign) for name in file.keys()):
-                        return read_encoder(kind, file, path), path
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         except SafetensorError as error:
             raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        for kind, sign in ((VisionTransformer, "vision_model."), (ModifiedResNet, "visual.layer1.")):
+            if any(name.startswith(sign) for name in shapes):
+                return read_encoder(kind, shapes, path), path
     raise UserError(f"{paths[0]}: found no tensor vision_model.* nor visual.layer1.*, expected a CLIP vision transformer in the names of"
                     " transformers or a CLIP ResNet in OpenAI's names")
 
@@ -238,40 +239,24 @@ def public_name(kind, name):
     return kind.prefix + name
 
 
-def read_encoder(kind, file, path):
-    """An open safetensors file -> encoder of this kind."""
-    parts = {name: file.get_slice(name) for name in file.keys() if not name.startswith(TEXT_HALF)}
-
+def read_encoder(kind, shapes, path):
+    """A file of weights, the shapes of whose tensors are known -> encoder of this kind."""
     def need(name, dimensions, expected=None):
-        """The shape of a tensor that tells a size."""
-        if kind.prefix + name not in parts:
+        """The shape of a tensor that tells a size; `expected`: there is none like it, say so."""
+        if kind.prefix + name not in shapes:
             raise UserError(f"{path}: tensor {kind.prefix}{name} is missing")
-        shape = parts[kind.prefix + name].get_shape()
+        shape = shapes[kind.prefix + name]
         if expected or len(shape) != dimensions or min(shape) < 1:
             raise UserError(f"{path}: tensor {kind.prefix}{name} has shape {shape}, expected {expected or f'{dimensions} dimensions of at least 1'}")
         return shape
 
+    names = [name.removeprefix(kind.prefix) for name in shapes if name.startswith(kind.prefix)]
     with torch.device("meta"):                                               # shapes only
-        make, sizes = kind.from_shapes(need, [name.removeprefix(kind.prefix) for name in parts], path.parent)
-        model = make(*sizes)
-    empty = model.state_dict()
-    wanted = {public_name(kind, name): name for name in empty}               # public name -> ours
-    for name, part in parts.items():
-        allowed = ("F32", "F16", "BF16")
-        if name in wanted:
-            expected = list(empty[wanted[name]].shape)
-            if part.get_shape() != expected:
-                raise UserError(f"{path}: tensor {name} has shape {part.get_shape()}, expected {expected}")
-        elif not kind.unused.fullmatch(name):
-            raise UserError(f"{path}: tensor {name} is unknown to this {kind.__name__}")
-        elif name.endswith(("position_ids", "num_batches_tracked")):
-            allowed = ("I64",)
-        if part.get_dtype() not in allowed:
-            raise UserError(f"{path}: tensor {name} has type {part.get_dtype()}, expected {' or '.join(allowed)}")
-    for name in wanted:
-        if name not in parts:
-            raise UserError(f"{path}: tensor {name} is missing")
-    model.load_state_dict({ours: file.get_tensor(name).float() for name, ours in wanted.items()}, assign=True)
+        model = kind(*kind.sizes(need, names, path.parent))
+    wanted = {public_name(kind, name): tensor for name, tensor in model.state_dict().items()}
+    tensors, _ = read_tensors([path], wanted, f"the weights of a {kind.__name__}",
+                              passed_by=lambda name: name.startswith(TEXT_HALF) or kind.unused.fullmatch(name))
+    model.load_state_dict({name: tensors[public_name(kind, name)].float() for name in model.state_dict()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
@@ -416,12 +401,10 @@ def check_ids(path, ids, count):
         raise UserError(f"{path}: ids: found {str(ids)[:40]}, expected a list of strings")
     if len(ids) != count:
         raise UserError(f"{path}: found {len(ids)} ids for {count} rows")
-    seen = set()
-    for id in map(str, ids):
-        if id in seen:
-            raise UserError(f"{path}: id {id} is there twice")
-        seen.add(id)
-    return [str(id) for id in ids]
+    ids = [str(id) for id in ids]
+    if len(set(ids)) < count:
+        raise UserError(f"{path}: id {Counter(ids).most_common(1)[0][0]} is there twice")
+    return ids
 
 
 def load_features(path):

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 
@@ -49,7 +50,7 @@ class Task:
     fields: dict    # name in the source text -> column of the file, in T5's (alphabetical) order
     column: object  # of the label
     labels: dict    # label in the file -> label word, the positive class second; empty: a score from 0 to 5
-    metrics: tuple  # names of functions below
+    metrics: tuple  # keys of METRICS below
     rows: tuple = ()           # of the official train and validation files; of your own task: not needed
     url: str = ""              # of a zip; "": the files are not downloaded
     files: dict = field(default_factory=lambda: dict(train="train.tsv", validation="dev.tsv", submission="test.tsv"))
@@ -157,9 +158,17 @@ def read_rows(path, header, short_lines=False):
     return names, rows
 
 
-def read_json_lines(path, columns):
-    """SuperGLUE's format, a JSON object a line -> the same as read_rows, with these columns; true becomes "true"."""
+def read_json_lines(path):
+    """A JSON object a line -> list of (line number, object). Raises UserError."""
     rows = [(number, parse_json(line, f"{path}: line {number}")) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if wrong := [number for number, row in rows if type(row) is not dict]:
+        raise UserError(f"{path}: line {wrong[0]}: found {str(dict(rows)[wrong[0]])[:40]}, expected a JSON object")
+    return rows
+
+
+def read_superglue(path, columns):
+    """SuperGLUE's format, JSON lines -> the same as read_rows, with these columns; true becomes "true"."""
+    rows = read_json_lines(path)
     for number, row in rows:
         check_entry(path, f"line {number}", row, {column: (str, int, bool) for column in columns})
     return columns, [(number, [row[c] if type(row[c]) is str else json.dumps(row[c]) for c in columns]) for number, row in rows]
@@ -188,7 +197,7 @@ def read_examples(task, path, labelled=True):
     if path.is_dir():
         names, rows = read_folder(path)
     elif path.suffix in (".jsonl", ".label"):
-        names, rows = read_labels(path) if path.suffix == ".label" else read_json_lines(path, columns)
+        names, rows = read_labels(path) if path.suffix == ".label" else read_superglue(path, columns)
     else:
         names, rows = read_rows(path, header, task.short_lines)
     for column in columns:
@@ -334,12 +343,15 @@ class Row:
         return self.targets[int(np.searchsorted(self.shares, random, side="right"))]
 
 
-def encode_examples(examples, encode, max_source_length, max_target_length):
+MAX_TARGET_LENGTH = 128  # tokens [X: HyperFormer]
+
+
+def encode_examples(examples, encode, max_source_length):
     """Examples -> list of Row; `encode(text)` gives ids that end with eos."""
     @lru_cache(maxsize=None)                                      # equal texts share their arrays
     def target_ids(text):
         ids = encode(text)
-        return np.array(ids[:max_target_length - 1] + ids[-1:] if len(ids) > max_target_length else ids, np.int32)
+        return np.array(ids[:MAX_TARGET_LENGTH - 1] + ids[-1:] if len(ids) > MAX_TARGET_LENGTH else ids, np.int32)
 
     @lru_cache(maxsize=None)
     def shares(weights):
@@ -415,6 +427,9 @@ def spearman(predicted, gold):
     return pearson(ranks(predicted), ranks(gold))
 
 
+METRICS = dict(accuracy=accuracy, f1=f1, matthews=matthews, pearson=pearson, spearman=spearman)
+
+
 def parse_answers(task, texts):
     """Generated texts -> array [rows] of class numbers (-1: no label word) or, for a score, of floats."""
     if not task.labels:
@@ -428,7 +443,7 @@ def score(task, texts, examples):
     if isinstance(task, ImageTask):
         return task.score(task, texts, examples)
     gold = np.array([e.gold if not task.labels else list(task.labels).index(e.gold) for e in examples])
-    return {metric: globals()[metric](parse_answers(task, texts), gold) for metric in task.metrics}
+    return {metric: METRICS[metric](parse_answers(task, texts), gold) for metric in task.metrics}
 
 
 def majority(task, training, examples):
@@ -643,12 +658,9 @@ def read_snlive(task, folder, scheme):
         if not path.exists():
             raise UserError(f"{path}: no such file, expected the {split} split of {task.name}")
         splits[split] = []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            row = parse_json(line, f"{path}: line {number}")
+        for number, row in read_json_lines(path):
             names = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")  # the last is what the official generator writes
-            image = next((name for name in names if type(row) is dict and name in row), names[0])
+            image = next((name for name in names if name in row), names[0])
             check_entry(path, f"line {number}", row, {"gold_label": TEXT, "sentence2": TEXT, image: ID})
             gold = row["gold_label"]
             if gold != "-" and gold not in task.labels:
@@ -668,18 +680,6 @@ def read_unlabelled(task, data_dir):
     whole = (folder / task.first[0].replace("train2014", "test2015")).exists()
     part = (folder / task.first[0].replace("train2014", "test-dev2015")).exists()
     return read_questions(task, folder, "test-dev2015" if part and not whole else "test2015", labelled=False)
-
-
-def join_features(examples, ids, where, folder):
-    """Examples and {image set: {image id: row}} -> int64 array [rows]: the row of each example's image in its set.
-
-    Raises UserError that counts the examples without features and names images; `where` and `folder` are words for it:
-    12 of 500 examples of vqa validation have no features in FOLDER: train2014/9, ...
-    """
-    rows = [ids.get(e.image[0], {}).get(e.image[1], -1) for e in examples]
-    if absent := ["/".join(e.image) for e, row in zip(examples, rows) if row < 0]:
-        raise UserError(f"{len(absent)} of {len(examples)} examples of {where} have no features in {folder}: {named(absent)}")
-    return np.array(rows, np.int64)
 
 
 # The normalisation of the official VQA evaluator (GT-Vision-Lab/VQA, vqaEval.py), with all its quirks. Its table of contractions
@@ -855,6 +855,42 @@ def read_json(path, *parts):
     return found
 
 
+PUBLIC_TYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def read_tensors(paths, wanted, what, optional=(), passed_by=lambda name: False):
+    """safetensors files that are one whole -> {name: tensor}, the (last) file's metadata {key: text}.
+
+    wanted: {name: a tensor of the shape and type that it must have}, where any of the three types of public weights stands for another; all
+    of them must be there but the `optional` ones; a tensor that is not wanted must be `passed_by`. Raises UserError for a missing or damaged
+    file, which should have been `what`, and for every missing, unknown or misshapen tensor.
+    """
+    tensors = {}
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file, expected {what}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, names = file.metadata() or {}, {name: name for name in file.keys()}
+                # Of two names for one tensor transformers stores one; the metadata holds {the other: the stored one}.
+                names |= {other: name for other, name in metadata.items() if name in names and other in wanted and other not in names}
+                for name, stored in names.items():
+                    if name not in wanted:
+                        if not passed_by(name):
+                            raise UserError(f"{path}: tensor {name} is unknown, expected {what}")
+                        continue
+                    tensors[name], expected = file.get_tensor(stored), wanted[name]
+                    if tensors[name].shape != expected.shape:
+                        raise UserError(f"{path}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(expected.shape)}")
+                    if not {tensors[name].dtype, expected.dtype} <= PUBLIC_TYPES and tensors[name].dtype != expected.dtype:
+                        raise UserError(f"{path}: tensor {name} has type {tensors[name].dtype}, expected {expected.dtype}")
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    for name in sorted(wanted.keys() - tensors.keys() - set(optional)):
+        raise UserError(f"{paths[0] if len(paths) == 1 else Path(paths[0]).parent}: tensor {name} is missing, expected {what}")
+    return tensors, metadata
+
+
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects within the first host and to the hub's own storage, never from https to http. Keeps the size and
     the hash that the hub announces in its redirecting answer."""
@@ -904,7 +940,7 @@ def download(url, path, optional=False, tries=5):
             problem, final = str(getattr(error, "reason", error)), isinstance(error, (ValueError, http.client.InvalidURL))
         else:
             announced = headers.get("x-linked-etag") or headers.get("etag") or ""
-            wrong = check(part, announced.removeprefix("W/").strip('"').lower(), size and int(size))
+            wrong = find_fault(part, announced.removeprefix("W/").strip('"').lower(), size and int(size))
             if not wrong:
                 os.replace(part, path)
                 return True
@@ -917,7 +953,7 @@ def download(url, path, optional=False, tries=5):
     raise UserError(f"{url}: {problem}; try again later, or fetch it by hand and put it at {path}")
 
 
-def check(path, announced, size):
+def find_fault(path, announced, size):
     """Compare a downloaded file with the announced size and hash -> None, or what is wrong."""
     content = hashlib.sha256() if len(announced) == 64 else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     if size is not None and path.stat().st_size != size:

@@ -1,7 +1,7 @@
 """HyperPELT: hypernetworks that turn hyper-embeddings into prefixes and adapters for every block of a frozen T5.
 
     python hyperpelt.py --model t5-base --tasks 8      # what is trained, with shapes and counts; needs no weights
-    python hyperpelt.py --tour runs/rte-hyperpelt      # one example on its way through the method, with shapes and numbers
+    python hyperpelt.py --tour runs/rte-hyperpelt      # one example on its way through the method (sample/tour.py)
 
 Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are not known to us; these are our own:
     (1)  I^tau_{i,j} = W2 ReLU(W1 [z_tau ; l_i ; b_j] + c1) + c2        hyper-embedding of task tau, layer i, block type j
@@ -22,15 +22,16 @@ A site is a place that receives generated weights: (block type, layer), five blo
 made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
 [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
 
-Shapes: B batch, S source length (in the decoder's adapters the target's), T target length, N prefix length, D d_model, H heads, K d_kv, R bottleneck, M tasks,
-L layers of encoder and decoder, E hyper-embedding width d_I, Z input embedding width d_t, Q hidden widths (the projector's, eq. (11)'s),
-V width of an image's features, in logits the vocabulary.
+Shapes: B batch, S source length (in the decoder's adapters the target's), T target length, N prefix length, D d_model, H heads,
+K d_kv, R bottleneck, M tasks, L layers of encoder and decoder, E hyper-embedding width d_I, Z input embedding width d_t, Q hidden
+widths (the projector's, eq. (11)'s), V width of an image's features, in logits the vocabulary.
 
     model = HyperPELT(T5.from_pretrained(folder), ["rte"], HyperPELTConfig())                    # what train.py does with it
     logits, loss = model(input_ids, attention_mask, labels, "rte")
     model.t5.generate(input_ids, sites=model.generate_sites("rte"))
 """
 import math
+import runpy
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,11 +40,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from safetensors import safe_open
-
-import data
 from data import Parser, UserError, run
-from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, RMSNorm, T5Config, Tokenizer
+from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, RMSNorm, T5Config
 
 BLOCK_TYPES = [ENCODER_SELF, ENCODER_FFN, DECODER_SELF, DECODER_CROSS, DECODER_FFN]  # b_j's index [D: five]
 METHODS = {  # (prefix, adapter, where they come from)
@@ -303,6 +301,7 @@ class HyperPELT(nn.Module):
         self.initialise()
 
     def freeze(self, train_backbone, dtype):
+        """All but the layer norms (full: nothing). What is frozen is held in `dtype`, which the activations then have too."""
         norms = {id(module.weight) for module in self.t5.modules() if isinstance(module, RMSNorm)}
         for parameter in self.t5.parameters():
             parameter.requires_grad = train_backbone or id(parameter) in norms
@@ -409,130 +408,16 @@ def deployed(model):
     return norms + len(model.tasks) * (len(model.prefix_sites) * prefix + len(model.adapter_sites) * adapter)
 
 
-# ---------------------------------------------------------------------------------------- a tour: one example, step by step
-
-@torch.no_grad()
-def tour(folder):
-    """Print what becomes of one example of a run's first text task, with shapes and a few numbers. Raises UserError where there is
-    no such run."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}/config.json: no such file, expected a run; this trains one: python train.py --out {folder}")
-    record, sample = data.read_json(folder / "config.json", "settings", "hyperpelt"), Path(__file__).resolve().parent / "sample"
-    settings, name = record["settings"], next((name for name in record.get("tasks", []) if name in data.TASKS), None)
-    if name is None or METHODS[settings["method"]] != METHODS["hyperpelt"]:
-        raise UserError(f"{folder}: found {settings['method']} of {record.get('tasks')}, expected hyperpelt and a task without images")
-    example = data.make_splits(data.TASKS[name], settings["data_dir"] or sample, settings["split"])["validation"][0]
-    tokenizer, config = Tokenizer.from_pretrained(settings["model"] or sample / "mini-t5"), HyperPELTConfig(**record["hyperpelt"])
-    torch.manual_seed(settings["seed"])                                     # the untrained weights are those that the run began with
-    model = HyperPELT(T5.from_pretrained(settings["model"] or sample / "mini-t5"), record["tasks"], config).eval()
-    ids = torch.tensor([data.encode_source(example.parts, tokenizer.encode, settings["max_source_length"])])
-
-    def predict():
-        return tokenizer.decode(model.t5.generate(ids, sites=model.generate_sites(name))[0].tolist())
-
-    def shape(tensor):
-        return f"[{', '.join(map(str, tensor.shape))}]"
-
-    def step(title, *lines):
-        print(f"\n{title}", *(f"    {line}" for line in lines), sep="\n")
-
-    before = predict() if not settings["init_from"] else f"not shown, the run began from {settings['init_from']}"
-    with safe_open(folder / "best.safetensors", framework="pt") as file:
-        for key, parameter in model.trained().items():
-            parameter.copy_(file.get_tensor(key))
-    h, number = model.hyper_embedding, model.tasks.index(name)
-    sites, hyper = model.generate_sites(name), h(number, model.layer_ids, model.block_ids)
-    step(f"the example: {example.source}", f"ids {shape(ids)}; the answer should be: {example.target}")
-    step("embeddings, trained (paper: section 4)", *(f"{what:24}{shape(table):>16}   norm of a row {table.norm(dim=-1).mean():.2f}" for what, table in (
-        (f"z_tau of {name}", h.task[number]), ("l_i, of all layers", h.layer), ("b_j, of all block types", h.block))))
-    flat = F.normalize(hyper.flatten(1), dim=1)
-    alike = flat @ flat.T                                                   # [sites, sites]
-    same_layer, same_block = (model_ids[:, None] == model_ids for model_ids in (model.layer_ids, model.block_ids))
-    step("eq. (1): hyper-embeddings I of all sites", f"{shape(hyper)}   mean {hyper.mean():.3f}, standard deviation {hyper.std():.3f}",
-         *(f"cosine of two sites' I, {what:32}{alike[chosen].mean():.3f}" for what, chosen in (
-             ("same layer, another block type", same_layer & ~same_block), ("same block type, another layer", same_block & ~same_layer))))
-    first = model.prefix_sites[0]
-    keys, values = sites[first].parts[0]
-    seen, ratio = {}, {}
-
-    def watch_attention(site):
-        def hook(module, arguments, output):
-            u, k, _, mask = arguments
-            weights = torch.softmax(module.split(module.q(u)) @ k.transpose(2, 3) + mask, -1)       # [1, H, T, N+S]
-            seen[site] = weights[..., :config.prefix_length].sum(-1).mean().item(), k[0, :, config.prefix_length:].std().item()
-        return hook
-
-    def watch_ffn(site):
-        def hook(module, arguments, output):
-            ratio[site] = (sites[site](arguments[0]).norm() / output.norm()).item()
-        return hook
-
-    blocks = {"encoder": model.t5.encoder.blocks, "decoder": model.t5.decoder.blocks}
-    parts = {ENCODER_SELF: "self_attention", DECODER_SELF: "self_attention", DECODER_CROSS: "cross_attention", ENCODER_FFN: "ffn", DECODER_FFN: "ffn"}
-    hooks = [getattr(blocks[site[0].split()[0]][site[1]], parts[site[0]]).register_forward_hook((watch_ffn if site in model.adapter_sites else watch_attention)(site))
-             for site in sites]
-    labels = torch.tensor([tokenizer.encode(example.target)])
-    model.t5(ids, None, labels, sites)
-    for hook in hooks:
-        hook.remove()
-
-    def by_layer(values, wanted):
-        kinds = [kind for kind in BLOCK_TYPES if any(site[0] == kind for site in wanted)]
-        return [f"{kind:26}" + " ".join(f"{values[site]:.3f}" for site in wanted if site[0] == kind) for kind in kinds]
-
-    step(f"eq. (2): P_k and P_v at {first[0]}, layer {first[1]}", f"{shape(keys)}, {shape(values)}: heads, N, d_kv",
-         f"standard deviation of P_k {keys.std():.2f}, of the keys of the text's own tokens {seen[first][1]:.2f}")
-    step(f"eq. (3): share of the attention that falls on the {config.prefix_length} rows of the prefix, layer by layer (of {ids.size(1)} tokens each would have {config.prefix_length / (config.prefix_length + ids.size(1)):.2f})",
-         *by_layer({site: mass for site, (mass, _) in seen.items()}, model.prefix_sites))
-    step(f"eq. (4): one adapter's W_down, b_down, lambda W_up, lambda b_up; lambda is {model.adapter_hypernetwork.scale.item():.3f}",
-         ", ".join(map(shape, sites[model.adapter_sites[0]].parts[0])))
-    step("eq. (5), (6): length of lambda A(u) as a share of FFN(u)'s, layer by layer", *by_layer(ratio, model.adapter_sites))
-    step("the answer", f"before training: {before or '(nothing)'}", f"after:           {predict()}")
-    draw_tour(folder / "tour.png", {site: mass for site, (mass, _) in seen.items()}, model)
-
-
-def draw_cosines(axes, vectors, names, title):
-    """The cosines of vectors [names, ...] with each other, as a picture with numbers."""
-    z = F.normalize(vectors.detach().flatten(1), dim=1)
-    cosine = (z @ z.T).cpu().numpy()
-    axes.imshow(cosine, vmin=-1, vmax=1, cmap="coolwarm")
-    axes.set(title=title, yticks=range(len(names)), yticklabels=names)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    for i, j in ((i, j) for i in range(len(names)) for j in range(len(names))):
-        axes.text(j, i, f"{cosine[i, j]:.2f}", ha="center", va="center")
-
-
-def draw_tour(path, mass, model):
-    """The share of attention on the prefix by layer and block type, {site: share}, and how alike the tasks' embeddings are (of one
-    task alone: the block types'), where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"\nfor {path}: pip install matplotlib")
-    h, kinds = model.hyper_embedding, [kind for kind in BLOCK_TYPES if any(site[0] == kind for site in mass)]
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for kind in kinds:
-        left.plot(*zip(*((i, share) for (block_type, i), share in mass.items() if block_type == kind)), "o-", label=kind)
-    left.set(xlabel="layer", ylabel="share of the attention on the prefix", ylim=(0, 1))
-    left.legend()
-    if len(model.tasks) > 1:
-        draw_cosines(right, h.task, model.tasks, "cosine of the task embeddings z")
-    else:
-        draw_cosines(right, h.block, BLOCK_TYPES, "cosine of the block embeddings b")
-    figure.savefig(path, dpi=120)
-    print(f"\ndrawn: {path}")
-
-
 def main():
     parser = Parser(description="Print what HyperPELT trains on a T5: shapes and counts. Needs no weights.")
-    parser.add_argument("--tour", metavar="RUN", nargs="?", const="runs/rte-hyperpelt", help="walk one example through a trained run (default: runs/rte-hyperpelt)")
+    parser.add_argument("--tour", metavar="RUN", nargs="?", const="runs/rte-hyperpelt",
+                        help="walk one example through a trained run (default: runs/rte-hyperpelt)")
     parser.add_argument("--model", default="t5-base", help="a public name, or a folder with config.json (default: t5-base)")
     parser.add_argument("--tasks", type=int, default=8, help="number of tasks (default: 8, the paper's)")
     parser.add_argument("--visual-width", type=int, default=0, help="width of the images' features, 2048 for CLIP's ResNet-101 (default: no images)")
     args = parser.parse_args()
     if args.tour:
-        return tour(Path(args.tour))
+        return runpy.run_path(str(Path(__file__).resolve().parent / "sample" / "tour.py"))["tour"](args.tour)
     for option, value, least in (("--tasks", args.tasks, 1), ("--visual-width", args.visual_width, 0)):
         if value < least:
             raise UserError(f"{option}: found {value}, expected at least {least}")

@@ -4,8 +4,8 @@
     ids = torch.tensor([tokenizer.encode("translate English to German: The house is wonderful.")])
     print(tokenizer.decode(model.generate(ids)[0].tolist()))
 
-The file is a T5 with its tokenizer and its download, and nothing more, with two seams through which a method may inject weights. Both are looked up in
-`sites`, a dict from (block type, layer) to a callable; with no `sites` neither does anything:
+The file is a T5 with its tokenizer and its download, and nothing more, with two seams through which a method may inject weights.
+Both are looked up in `sites`, a dict from (block type, layer) to a callable; with no `sites` neither does anything:
     1. Attention.keys_values: prefix(k, v) returns the keys and values with `prefix.length` more columns in front;
     2. Block.forward: adapter(u) is a term beside FFN(u), both fed by the same normed input u.
 
@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
-from data import UserError, download, read_json
+from data import UserError, download, read_json, read_tensors
 
 # The five block types of an encoder-decoder: the first half of a site's name.
 ENCODER_SELF, ENCODER_FFN = "encoder self-attention", "encoder FFN"
@@ -304,7 +303,7 @@ class Stack(nn.Module):
         """
         sites = sites or {}
         self_type, ffn_type = (DECODER_SELF, DECODER_FFN) if self.is_decoder else (ENCODER_SELF, ENCODER_FFN)
-        past = 0
+        past = 0                                                             # prefixes of a block type are of one length: layer 0's
         if caches is not None and "self" in caches[0]:
             past = caches[0]["self"][0].size(2) - (sites[self_type, 0].length if (self_type, 0) in sites else 0)
         mask = self.self_mask(x.size(1), past, padding, sites.get((self_type, 0)), x.dtype)
@@ -427,15 +426,14 @@ class T5(nn.Module):
         folder = find_checkpoint(name_or_folder)
         with torch.device("meta"):                                           # shapes only: nothing is filled twice
             model = cls(T5Config.from_file(folder / "config.json"))
-        empty = model.state_dict()
-        names = {public_name(name): name for name in empty}
-        found = dict(read_tensors(folder, {public: list(empty[name].shape) for public, name in names.items()}))
-        for public in sorted(names.keys() - found.keys()):
-            raise UserError(f"{folder}: tensor {public} is missing")
-        for copy in COPIES:
-            if copy in found and copy not in names and not torch.equal(found[copy], found["shared.weight"]):
+        wanted = {public_name(name): tensor for name, tensor in model.state_dict().items()}
+        copies = [name for name in COPIES if name not in wanted]
+        found, _ = read_tensors(weight_files(folder), wanted | dict.fromkeys(copies, model.shared.weight), "the weights of the T5 in config.json",
+                                optional=copies, passed_by=lambda name: name == STRAY)
+        for copy in copies:
+            if copy in found and not torch.equal(found[copy], found["shared.weight"]):
                 raise UserError(f"{folder}: tensor {copy} differs from shared.weight, but config.json says that they are one")
-        model.load_state_dict({name: found[public].float() for public, name in names.items()}, assign=True)
+        model.load_state_dict({name: found[public_name(name)].float() for name in model.state_dict()}, assign=True)
         return model
 
 
@@ -456,26 +454,10 @@ def public_name(name):
     return re.sub(r"^(\w+)\.norm\.", r"\1.final_layer_norm.", name)
 
 
-def read_tensors(folder, shapes):
-    """Yield (public name, tensor) of all safetensors files of a folder; refuse a name or a shape that is not in `shapes`."""
+def weight_files(folder):
+    """-> paths of the safetensors files of a checkpoint: one, or those that its index names."""
     whole, index = folder / "model.safetensors", folder / INDEX
-    for path in [whole] if whole.exists() or not index.exists() else [folder / file for file in shard_names(index)]:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, expected the model's weights as safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                aliases = {k: v for k, v in (file.metadata() or {}).items() if v in file.keys() and k not in file.keys()}
-                for name in [*file.keys(), *(k for k in aliases if k in shapes)]:
-                    if name not in shapes and name not in [*COPIES, STRAY]:
-                        raise UserError(f"{path}: tensor {name} is unknown to this T5 (config.json of another model?)")
-                    part = file.get_slice(aliases.get(name, name))
-                    if part.get_shape() != shapes.get(name, part.get_shape()):
-                        raise UserError(f"{path}: tensor {name} has shape {part.get_shape()}, config.json says {shapes[name]}")
-                    if part.get_dtype() not in ("F32", "F16", "BF16"):
-                        raise UserError(f"{path}: tensor {name} has type {part.get_dtype()}, expected F32, F16 or BF16")
-                    yield name, file.get_tensor(aliases.get(name, name))
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    return [whole] if whole.exists() or not index.exists() else [folder / file for file in shard_names(index)]
 
 
 def shard_names(index):

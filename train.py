@@ -42,7 +42,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from clip_features import load_features
-from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig, deployed, draw_cosines, pack_sites, unpack_sites
+from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig, deployed, pack_sites, unpack_sites
 from t5 import T5, Tokenizer, public_name
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,7 +56,6 @@ SAMPLE = Path(__file__).resolve().parent / "sample"   # a small T5 and small dat
 SAMPLE_DEFAULTS = dict(split="official", lr=1e-3)   # of options, in their own types, where the data are the sample's
 SIZES = HyperPELTConfig()
 GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
-MAX_TARGET_LENGTH = 128    # [X: HyperFormer]
 LOG_EVERY = 10             # steps
 EVAL_BATCH = 64
 FORMAT = 1                 # of a run's folder: what another version of this program has written otherwise is refused
@@ -148,10 +147,10 @@ def complete_settings(given):
     elif not settings["data_dir"] or Path(settings["data_dir"]).resolve() == SAMPLE:
         settings = {**settings, **SAMPLE_DEFAULTS, **given, "data_dir": ""}        # "": the bundled sample, wherever it lies
     out = Path(settings["out"] or default_out(given))
-    settings["old"] = any(settings[name] for name in ("resume", "eval_only", "predict", "ask", "export"))
+    settings["existing_run"] = any(settings[name] for name in ("resume", "eval_only", "predict", "ask", "export"))
     if settings["export"]:
         settings["export_task"] = given.pop("task", "")                      # chooses one of the run's
-    if settings["old"]:
+    if settings["existing_run"]:
         if not (out / "config.json").exists():
             command = ["python", "train.py", *(word for name in ("task", "method", "out") if name in given for word in (f"--{name}", given[name]))]
             raise UserError(f"{out}/config.json: no such file, expected a run; this trains one: {shlex.join(command)}")
@@ -204,7 +203,7 @@ def load_data(settings, tasks, tokenizer):
 
 
 def encode(examples, tokenizer, settings):
-    return data.encode_examples(examples, tokenizer.encode, settings.max_source_length, MAX_TARGET_LENGTH)
+    return data.encode_examples(examples, tokenizer.encode, settings.max_source_length)
 
 
 def image_sets(splits):
@@ -241,8 +240,9 @@ def load_images(settings, splits, rows):
     for task, by_split in splits.items():
         for split, examples in by_split.items():
             if examples and examples[0].image:
-                order = data.join_features(examples, ids, f"{task} {split}", settings.features)
-                places = [(found[example.image[0]][0], int(row)) for example, row in zip(examples, order)]
+                if absent := ["/".join(e.image) for e in examples if e.image[1] not in ids[e.image[0]]]:
+                    raise UserError(f"{len(absent)} of {len(examples)} examples of {task} {split} have no features in {settings.features}: {data.named(absent)}")
+                places = [(found[image_set][0], ids[image_set][key]) for image_set, key in (e.image for e in examples)]
                 if settings.vision == "shuffled":                            # answers from the question alone: what a prior can do
                     places = [places[i] for i in np.random.default_rng([settings.seed, len(places)]).permutation(len(places))]
                 for row, place in zip(rows[task][split], places):
@@ -439,27 +439,11 @@ def save_tensors(path, tensors, metadata):
 
 def load_tensors(path, expected, keys):
     """-> tensors, metadata. Raises UserError unless the file holds exactly the expected names, shapes, types and keys."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            for name in sorted(shapes.keys() ^ expected.keys()):
-                raise UserError(f"{path}: tensor {name} is {'unknown' if name in shapes else 'missing'}")
-            for name, shape in shapes.items():
-                if shape != tuple(expected[name].shape):
-                    raise UserError(f"{path}: tensor {name} has shape {shape}, expected {tuple(expected[name].shape)}")
-            tensors, metadata = {name: file.get_tensor(name) for name in shapes}, json.loads((file.metadata() or {})["hyperpelt"])
-            for name, tensor in tensors.items():
-                if tensor.dtype != expected[name].dtype:
-                    raise UserError(f"{path}: tensor {name} is {tensor.dtype}, expected {expected[name].dtype}")
-            if not isinstance(metadata, dict) or any(type(metadata.get(key)) is not kind for key, kind in keys.items()):
-                raise ValueError
-            return tensors, metadata
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, expected a checkpoint of this run") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    except (KeyError, ValueError):
-        raise UserError(f"{path}: metadata: expected a key hyperpelt with {', '.join(keys)} as JSON") from None
+    tensors, metadata = data.read_tensors([path], expected, "a checkpoint of this run")
+    found = data.parse_json(metadata.get("hyperpelt", "null"), f"{path}: metadata: hyperpelt")
+    if not isinstance(found, dict) or any(type(found.get(key)) is not kind for key, kind in keys.items()):
+        raise UserError(f"{path}: metadata: hyperpelt: found {str(found)[:40]}, expected an object with {', '.join(keys)}")
+    return tensors, found
 
 
 def training_state(model, optimiser):
@@ -745,15 +729,13 @@ def command(given):
     print("\n" + table(folders))
 
 
-def run_once(settings):
-    started = time.perf_counter()
-    join_processes()
-    out = Path(settings.out)
-    saved = read_run(out) if settings.old else {}
+def prepare(settings, saved):
+    """Settings and, of a run that exists, its config.json -> tokenizer, tasks, splits, rows, images ({} but for --ask), model, marks
+    (hashes of what the run depends on). The model is on its device. Raises UserError where the run had another backbone, data, ..."""
     torch.manual_seed(settings.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer, tasks = Tokenizer.from_pretrained(settings.model), find_tasks(settings)
-    without_data = bool(settings.ask or settings.export)
+    without_data, images = bool(settings.ask or settings.export), {}
     splits, rows = ({}, {}) if without_data else load_data(settings, tasks, tokenizer)
     t5 = T5.from_pretrained(settings.model)
     if tokenizer.first_sentinel >= t5.config.vocab_size:
@@ -763,34 +745,26 @@ def run_once(settings):
     else:
         width, feature_mark = load_images(settings, splits, rows)
     marks = {"backbone": backbone_mark(t5), "data": data_mark(rows), **feature_mark, "device": f"{device.type}{f' x {WORLD}' * (WORLD > 1)}"}
+    unchecked = {"device": not settings.resume, "data": without_data}
+    for what in (what for what in marks if settings.existing_run and not unchecked.get(what)):
+        if saved["fingerprints"].get(what) != marks[what]:
+            raise UserError(f"{settings.out}/config.json: the run had another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}")
     sizes = {f.name: getattr(settings, f.name) for f in dataclasses.fields(HyperPELTConfig) if hasattr(settings, f.name)}
     sizes.update(visual_width=width, vision="both" if settings.vision == "shuffled" else settings.vision)
     model = HyperPELT(t5, list(tasks), HyperPELTConfig(**sizes), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
-    model.to(device)
     if RANK:
         torch.manual_seed(settings.seed + 2**32 * RANK)                      # the same weights, but dropout of its own
-    count = sum(parameter.numel() for parameter in model.trained().values())
-    share = f"{count:,} trained parameters, {count / sum(p.numel() for p in t5.parameters()):.1%} of the T5's"
-    if settings.old:
-        unchecked = {"device": not settings.resume, "data": without_data}
-        for what in (what for what in marks if not unchecked.get(what)):
-            if saved["fingerprints"].get(what) != marks[what]:
-                raise UserError(f"{out}/config.json: the run had another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-    training = settings.resume or not settings.old
-    if training:
-        lock(out)
-    settings.resume &= any((out / name).exists() for name in ("last.safetensors", "best.safetensors", "log.jsonl"))     # else killed before
-    if training and settings.init_from and not settings.resume:
-        start_from(model, rows, marks, settings)
-    if not settings.old:
-        if RANK == 0 and (out / "config.json").exists():                     # since complete_settings looked
-            raise UserError(f"{out}: another process has begun a run here")
-        record = dict(format=FORMAT, settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=count,
-                      deployed_parameters=deployed(model), backbone_parameters=sum(p.numel() for p in t5.parameters()),
-                      hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
-        write_first(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
+    return tokenizer, tasks, splits, rows, images, model.to(device), marks
+
+
+def run_once(settings):
+    """One run: train, or go on; or what else the command line asks of a trained one."""
+    started, out = time.perf_counter(), Path(settings.out)
+    join_processes()
+    saved = read_run(out) if settings.existing_run else {}
+    tokenizer, tasks, splits, rows, images, model, marks = prepare(settings, saved)
+    trained, whole = (sum(p.numel() for p in part) for part in (model.trained().values(), model.t5.parameters()))
+    share = f"{trained:,} trained parameters, {trained / whole:.1%} of the T5's"
     if settings.ask:
         load_best(out / "best.safetensors", model)
         return ask(model, tokenizer, tasks, images, settings)
@@ -798,13 +772,33 @@ def run_once(settings):
         load_best(out / "best.safetensors", model)
         print(f"{settings.method}: {share}")
         return export(model, tasks, marks["backbone"], settings)
-    introduce(t5, splits, settings)
-    print(f"{settings.method}, {settings.precision}, {device.type}: {share}")
+    training = settings.resume or not settings.existing_run
+    if training:
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+    settings.resume &= any((out / name).exists() for name in ("last.safetensors", "best.safetensors", "log.jsonl"))     # else killed before
+    if training and settings.init_from and not settings.resume:
+        start_from(model, rows, marks, settings)
+    if not settings.existing_run:
+        if RANK == 0 and (out / "config.json").exists():                     # since complete_settings looked
+            raise UserError(f"{out}: another process has begun a run here")
+        record = dict(format=FORMAT, settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=trained,
+                      deployed_parameters=deployed(model), backbone_parameters=whole, hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
+        write_first(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
+    introduce(model.t5, splits, settings)
+    print(f"{settings.method}, {settings.precision}, {model.layer_ids.device.type}: {share}")
     if settings.predict:
         load_best(out / "best.safetensors", model)
         return predict(model, tokenizer, tasks, splits, rows, settings)
     stop = data.catch_signals()
-    known = {} if settings.eval_only else train(model, tokenizer, tasks, splits, rows, settings, stop)
+    known = train(model, tokenizer, tasks, splits, rows, settings, stop) if training else {}
+    best_step = evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known)
+    print(f"{share}; best step {best_step:,}, saved in {out}; {time.perf_counter() - started:.0f} s")
+
+
+def evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known):
+    """The best checkpoint on every split with labels, into metrics.json and on the screen -> its step; `known` as in answer_all."""
+    out = Path(settings.out)
     best_step = load_best(out / "best.safetensors", model)
     answers = answer_all(model, tokenizer, tasks, rows, ["validation", "test", "mismatched"], stop, known)
     if answers is None:
@@ -817,7 +811,7 @@ def run_once(settings):
     report(tasks, splits, answers, metrics, majority, means, settings)
     if RANK == 0:
         draw(model, tasks, majority, out)
-    print(f"{share}; best step {best_step:,}, saved in {out}; {time.perf_counter() - started:.0f} s")
+    return best_step
 
 
 def predict(model, tokenizer, tasks, splits, rows, settings):
@@ -851,7 +845,7 @@ def introduce(t5, splits, settings):
     name, place = "mini-t5 (bundled, " if settings.bundled else f"{settings.model} (", "bundled sample data" if settings.sample else settings.data_dir
     counts = "; ".join(f"{task} " + ", ".join(f"{split} {len(examples):,}" for split, examples in by_split.items()) for task, by_split in splits.items())
     print(f"{name}{sum(p.numel() for p in t5.parameters()) / 1e6:.1f} M parameters) on {place}: {counts}")
-    if settings.bundled and not settings.old:
+    if settings.bundled and not settings.existing_run:
         visual = [name in data.IMAGE_TASKS for name in splits]
         folder = "vl --features features" if all(visual) else "DIR --features features" if any(visual) else "glue --download"
         print(f"for real: python train.py --task {settings.task} --model t5-base --data-dir {folder}")
@@ -954,6 +948,20 @@ def table(folders):
         whole = [[by_task[name][0] for name in columns] for by_task in by_seed.values() if by_task.keys() == columns.keys()]
         lines.append([*line, percent([np.mean(sum(values, [])) for values in whole]), percent([np.mean([np.mean(v) for v in values]) for values in whole])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cosines(vectors):
+    """[names, ...] -> the cosines of all with each other [names, names]."""
+    z = torch.nn.functional.normalize(vectors.detach().flatten(1), dim=1)
+    return (z @ z.T).cpu()
+
+
+def draw_cosines(axes, vectors, names, title):
+    axes.imshow(cosines(vectors), vmin=-1, vmax=1, cmap="coolwarm")
+    axes.set(title=title, yticks=range(len(names)), yticklabels=names)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    for (i, j), cosine in np.ndenumerate(cosines(vectors).numpy()):
+        axes.text(j, i, f"{cosine:.2f}", ha="center", va="center")
 
 
 def draw(model, tasks, majority, out):

@@ -148,7 +148,7 @@ def train_steps(args, rows):
 @torch.no_grad()
 def evaluation(args, tokenizer):
     """Greedy answers to the validation rows: the time of all of them, ours and theirs in turn."""
-    rows = data.encode_examples(data.read_split(data.TASKS["rte"], args.data_dir, "validation"), tokenizer.encode, 128, 16)[:64 if args.quick else None]
+    rows = data.encode_examples(data.read_split(data.TASKS["rte"], args.data_dir, "validation"), tokenizer.encode, 128)[:64 if args.quick else None]
     order = np.argsort([len(row.source) for row in rows], kind="stable")
     batches = [ids for ids, _ in make_batches(rows, [order[i:i + 64] for i in range(0, len(order), 64)])]
     longest = max(len(tokenizer.encode(word)) for word in data.TASKS["rte"].labels.values())
@@ -199,7 +199,7 @@ def be_alone(args):
     else:
         encode = Tokenizer.from_pretrained(args.model).encode
         model, loss = our_model(method, args.model)
-    rows = data.encode_examples(data.read_split(data.TASKS["rte"], args.data_dir, "train"), encode, 128, 16)
+    rows = data.encode_examples(data.read_split(data.TASKS["rte"], args.data_dir, "train"), encode, 128)
     optimiser, model = optimiser_of(model), model.train()
     long = [row for row in rows if len(row.source) == 128] if args.what == "memory" else rows
     for start in (0, 32)[:2 if args.what == "memory" else 1]:
@@ -251,7 +251,7 @@ def main():
         args.batches, args.rounds = 2, 1
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else f'{torch.get_num_threads()} threads'}")
     tokenizer = Tokenizer.from_pretrained(args.model)
-    train_steps(args, data.encode_examples(data.read_split(data.TASKS["rte"], args.data_dir, "train"), tokenizer.encode, 128, 16))
+    train_steps(args, data.encode_examples(data.read_split(data.TASKS["rte"], args.data_dir, "train"), tokenizer.encode, 128))
     evaluation(args, tokenizer)
     processes(args)
 
@@ -303,7 +303,7 @@ def images(args):
     tokenizer = Tokenizer.from_pretrained(args.model)
     splits = {"vqa": {"validation": data.read_questions(data.find_task("vqa"), data.find_folder(data.find_task("vqa"), args.data_dir), "val2014")}}
     settings = argparse.Namespace(features=args.features, vision="tokens", prefix_length=49, seed=0)
-    rows = {"vqa": {"validation": data.encode_examples(splits["vqa"]["validation"], tokenizer.encode, 128, 16)}}
+    rows = {"vqa": {"validation": data.encode_examples(splits["vqa"]["validation"], tokenizer.encode, 128)}}
     width, _ = train.load_images(settings, splits, rows)
     rows = rows["vqa"]["validation"]
     plan = data.plan_epoch(np.array([len(row.source) for row in rows]), 32, [0])[:args.batches]

@@ -202,7 +202,7 @@ def test_a_wrong_checkpoint_is_one_line(tmp_path):
 
     for changed, words in (({wi: None}, (wi, "missing")), ({"extra.weight": torch.ones(2)}, ("extra.weight", "unknown")),
                            ({wi: torch.ones(48, 31)}, (wi, "[48, 31]", "[48, 32]")),
-                           ({wi: torch.ones(48, 32, dtype=torch.int64)}, (wi, "I64")),
+                           ({wi: torch.ones(48, 32, dtype=torch.int64)}, (wi, "int64")),
                            ({"lm_head.weight": torch.ones(64, 32)}, ("lm_head.weight", "differs"))):
         save_file({k: v for k, v in (tensors | changed).items() if v is not None}, path)
         refused(*words)

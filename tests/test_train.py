@@ -191,9 +191,9 @@ def test_damaged_checkpoints(finished, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != "hyper_embedding.task"}, out / "best.safetensors")
     assert "tensor hyper_embedding.task is missing" in run("train.py", "--out", out, "--predict", "test", ok=False)[1]
     save_file(tensors | {"hyper_embedding.task": torch.zeros(1, 5, 11)}, out / "best.safetensors")
-    assert "has shape (1, 5, 11), expected (1, 5, 12)" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
+    assert "has shape [1, 5, 11], expected [1, 5, 12]" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
     save_file(tensors, out / "best.safetensors")
-    assert "metadata: expected a key hyperpelt with step as JSON" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
+    assert "metadata: hyperpelt: found None, expected an object with step" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
     state = load_file(out / "last.safetensors")
     progress = {"hyperpelt": json.dumps(dict(step=40, evaluated=40, best_step=10, best=0.5, right=0, seen=0))}
     save_file(state | {"generator.cpu": torch.zeros_like(state["generator.cpu"])}, out / "last.safetensors", progress)

@@ -1,5 +1,7 @@
 """The command line on tasks with images, at tiny size: made-up questions in VQAv2's format about made-up features."""
+import argparse
 import json
+import re
 import shutil
 
 import numpy as np
@@ -154,7 +156,7 @@ def test_other_tasks_with_images(checkpoint, tmp_path):
 def test_one_of_several_answers_is_drawn():
     """In proportion to the shares, by seed and step: a resumed run draws the same."""
     rows = data.encode_examples([data.Example(["vqa:", "x"], "a", None, str(i), None, (("a", 0.9), ("b", 0.3), ("c", 0.3))) for i in range(8)],
-                                lambda text: [ord(c) for c in text] + [1], 20, 5)
+                                lambda text: [ord(c) for c in text] + [1], 20)
     class Settings:
         batch_size, steps, epochs, temperature, seed = 8, 500, 0.0, 2.0, 0
     _, batch = train_module.make_batches({"vqa": {"train": rows}}, Settings)
@@ -163,6 +165,28 @@ def test_one_of_several_answers_is_drawn():
     assert np.allclose(counts, [0.6, 0.2, 0.2], atol=0.03)
     again = train_module.make_batches({"vqa": {"train": rows}}, Settings)[1]
     assert all(torch.equal(batch(step)[2], again(step)[2]) for step in (3, 77)) and not torch.equal(batch(3)[2], batch(4)[2])
+
+
+def test_images_of_rows(tmp_path):
+    """Each example gets the features of its own image of its own set; examples without features are counted and named."""
+    write_features(tmp_path, "train2014", [7, 9])
+    write_features(tmp_path, "val2014", [9])
+    settings = argparse.Namespace(features=str(tmp_path), vision="both", prefix_length=5, seed=0)
+
+    def places(*images):
+        splits = {"vqa": {"train": [data.Example(["vqa:", "x"], "a", None, "", image) for image in images]}}
+        rows = {"vqa": {"train": data.encode_examples(splits["vqa"]["train"], lambda text: [5, 1], 20)}}
+        width, mark = train_module.load_images(settings, splits, rows)
+        assert width == 6 and list(mark) == ["features"]
+        return train_module.gather_images(rows["vqa"]["train"])
+
+    stored = {name: np.load(tmp_path / f"{name}.npy") for name in ("train2014", "val2014")}
+    found = places(("train2014", "9"), ("val2014", "9"), ("train2014", "7"))
+    assert np.array_equal(found.numpy(), np.stack([stored["train2014"][1], stored["val2014"][0], stored["train2014"][0]]))
+    with pytest.raises(data.UserError, match=re.escape(f"2 of 3 examples of vqa train have no features in {tmp_path}: val2014/7, train2014/8") + "$"):
+        places(("train2014", "9"), ("val2014", "7"), ("train2014", "8"))
+    with pytest.raises(data.UserError, match="20 of 20 .*: val2014/20, val2014/21, val2014/22, val2014/23, val2014/24, ...$"):
+        places(*(("val2014", str(20 + i // 2)) for i in range(20)))
 
 
 def test_mistakes(finished, checkpoint, vl, tmp_path):
