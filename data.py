@@ -420,10 +420,13 @@ def pearson(predicted, gold):
     return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
+def ranks(x):
+    """Numbers -> their ranks from 1 on; ties share the mean of their ranks."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
 def spearman(predicted, gold):
-    def ranks(x):                                                 # ties share the mean of their ranks
-        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     return pearson(ranks(predicted), ranks(gold))
 
 

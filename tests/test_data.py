@@ -213,6 +213,7 @@ def test_metrics_equal_scikit_learn_and_scipy():
             if np.ptp(a):
                 assert data.pearson(a, b) == pytest.approx(stats.pearsonr(a, b)[0])
                 assert data.spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
+            assert np.array_equal(data.ranks(a), stats.rankdata(a))
 
 
 def test_degenerate_metrics():
@@ -235,6 +236,34 @@ def test_answers_and_scores(tmp_path):
     assert data.score(stsb, ["1.0", "3.0", "3.0"], examples)["pearson"] == pytest.approx(np.corrcoef([1, 3, 3], [1, 2.9, 3.1])[0, 1])
     mrpc = [data.Example([], "", gold, "") for gold in "1101"]
     assert data.score(TASKS["mrpc"], ["equivalent", "not_equivalent", "equivalent", "?"], mrpc) == {"accuracy": 0.25, "f1": pytest.approx(2 / 5)}
+
+
+def test_official_sizes():
+    """Rows of the training and validation files as GLUE, SuperGLUE and the papers of the other sets print them."""
+    assert {name: task.rows for name, task in TASKS.items()} == dict(
+        cola=(8551, 1043), sst2=(67349, 872), mrpc=(3668, 408), qqp=(363849, 40430), stsb=(5749, 1500), mnli=(392702, 9815), qnli=(104743, 5463),
+        rte=(2490, 277), wnli=(635, 71), cb=(250, 56), boolq=(9427, 3270), imdb=(25000, 25000), paws=(49401, 8000), trec=(5452, 500))
+
+
+def test_long_targets_keep_their_end():
+    encode = lambda text: [ord(c) for c in text] + [1]
+    for length in (3, 127, 128, 500):
+        row, = data.encode_examples([data.Example(["x"], "a" * length, None, "0")], encode, 20)
+        assert row.targets[0].tolist() == [97] * min(length, 127) + [1]
+
+
+@pytest.mark.parametrize("training, validation", [(1, 3), (3, 1)])
+def test_one_row_is_not_enough(training, validation, tmp_path):
+    for name, count in (("train.tsv", training), ("dev.tsv", validation)):
+        write(tmp_path / "RTE", name, "index\tsentence1\tsentence2\tlabel", *(f"{i}\ta\tb\tentailment" for i in range(count)))
+    with pytest.raises(UserError, match=f"found {training} training and {validation} validation rows, expected at least 2 of each"):
+        data.make_splits(TASKS["rte"], tmp_path)
+
+
+@pytest.mark.parametrize("program", ["data", "train", "clip_features"])
+def test_help_begins_with_what_the_program_does(program):
+    first = __import__(program).__doc__.split("\n")[0]
+    assert first in " ".join(run(f"{program}.py", "--help")[0].split())
 
 
 def test_submission_files(tmp_path):

@@ -194,6 +194,24 @@ def test_images_in_generation(tmp_path):
             assert not torch.equal(other, model.t5.generate(ids, mask, 8, 1, **model.inject(sites, features)))
 
 
+@pytest.mark.parametrize("vision", VISION)
+def test_images_in_bfloat16(vision, tmp_path):
+    """The same as in float32, to what bfloat16 can hold; the generated weights of images are in the dtype of the backbone."""
+    models = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        make_checkpoint(tmp_path, "v1.1")
+        torch.manual_seed(0)
+        models[dtype] = HyperPELT(T5.from_pretrained(tmp_path), ["vqa"], HyperPELTConfig(**SMALL, visual_width=9, vision=vision), dtype).eval()
+    features, ids = torch.randn(3, 5, 9), torch.randint(5, 40, (3, 7))
+    outputs = {dtype: model(ids, None, ids[:, :4], "vqa", features=features)[0] for dtype, model in models.items()}
+    assert outputs[torch.bfloat16].dtype == torch.bfloat16
+    difference = (outputs[torch.float32] - outputs[torch.bfloat16].float()).norm() / outputs[torch.float32].norm()
+    assert difference < 0.1
+    injected = models[torch.bfloat16].inject(models[torch.bfloat16].generate_sites("vqa"), features)
+    tensors = [tensor for site in injected["sites"].values() for part in site.parts for tensor in part] + [injected.get("front", torch.zeros(0, dtype=torch.bfloat16))]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
 def test_ways_in_for_images():
     """Weights are generated from images by hypernetworks only; to every other method images come as tokens, or not at all."""
     for method, (*_, source) in METHODS.items():
@@ -247,6 +265,16 @@ def test_learned_weights_equal_numpy(tmp_path):
             scales = 1, 1, p["learned.scale"], p["learned.scale"]
             for name, scale, found in zip(("down", "down_bias", "up", "up_bias"), scales, sites[site].parts[0]):
                 assert np.allclose(scale * p[f"learned.{name}"][number, i], found.detach().numpy(), atol=1e-5)
+
+
+def test_learned_adapters_start_as_linear_maps_do(tmp_path):
+    """W_down: uniform between -1/sqrt(D) and 1/sqrt(D), as nn.Linear; W_up and the biases 0; lambda 1."""
+    make_checkpoint(tmp_path, "v1.1")
+    torch.manual_seed(0)
+    learned = HyperPELT(T5.from_pretrained(tmp_path), ["rte", "stsb"], HyperPELTConfig("adapter", bottleneck=64)).learned
+    down, bound = learned.down.detach(), 1 / math.sqrt(learned.down.size(-1))
+    assert down.abs().max() <= bound and down.max() > 0.99 * bound and down.min() < -0.99 * bound and abs(down.mean()) < 0.02 * bound
+    assert not any(getattr(learned, name).any() for name in ("down_bias", "up", "up_bias")) and learned.scale == 1
 
 
 def test_learned_adapters_act_as_generated_ones(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,10 @@ def test_damaged_checkpoints(finished, tmp_path):
     assert "metadata: hyperpelt: found None, expected an object with step" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
     state = load_file(out / "last.safetensors")
     progress = {"hyperpelt": json.dumps(dict(step=40, evaluated=40, best_step=10, best=0.5, right=0, seen=0))}
+    for wrong in (dict(step=40, evaluated=40, best_step=10, best=0.5, right=0), dict(step=40, evaluated=40, best_step="10", best=0.5, right=0, seen=0), [40]):
+        save_file(state, out / "last.safetensors", {"hyperpelt": json.dumps(wrong)})
+        assert f"metadata: hyperpelt: found {str(wrong)[:40]}, expected an object with step, evaluated, best_step, best, right, seen" in \
+            run("train.py", "--out", out, "--resume", ok=False)[1]
     save_file(state | {"generator.cpu": torch.zeros_like(state["generator.cpu"])}, out / "last.safetensors", progress)
     assert "tensor generator" in run("train.py", "--out", out, "--resume", ok=False)[1]
     for text, words in (("[]", "expected a JSON object"), ('{"settings": null}', "settings holds None"), ("{", "not JSON"),
@@ -244,6 +249,35 @@ def test_one_generation_for_a_whole_evaluation(checkpoint, monkeypatch):
     rows = [data.Row(np.array([5, 6, 7, 1]), [np.array([1])], np.ones(1))] * (2 * train_module.EVAL_BATCH + 1)
     texts = train_module.answer(model, Tokenizer.from_pretrained(checkpoint), data.TASKS["rte"], rows, [])
     assert calls == ["prefix", "adapter"] and len(texts) == len(rows) and len(set(texts)) == 1
+
+
+def test_longest_answer(checkpoint, monkeypatch):
+    """No more tokens are asked for than the longest right answer has, and one that ends it; captions are searched for with five beams."""
+    tokenizer, asked = Tokenizer.from_pretrained(checkpoint), []
+    model = HyperPELT(T5.from_pretrained(checkpoint), ["rte", "stsb", "vqa", "caption", "snlive"], HyperPELTConfig(prefix_length=3, embedding_dim=8, hyper_dim=4, bottleneck=2))
+    monkeypatch.setattr(model.t5, "generate", lambda ids, max_new_tokens, num_beams, sites: asked.append((max_new_tokens, num_beams)) or ids)
+    for name in model.tasks:
+        train_module.answer(model, tokenizer, data.find_task(name), [data.Row(np.array([5, 1]), [np.array([1])], np.ones(1))], [])
+    tokens = lambda *words: max(len(tokenizer.encode(word)) for word in words)
+    scores = [f"{i / 5:.1f}" for i in range(26)]
+    assert scores[0] == "0.0" and scores[18] == "3.6" and scores[-1] == "5.0"
+    assert asked == [(tokens("entailment", "not_entailment"), 1), (tokens(*scores), 1), (10, 1), (40, 5), (tokens("entailment", "neutral", "contradiction"), 1)]
+
+
+def test_right_rows_are_counted():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (200, 3, 4), generator=generator).float() + torch.rand(200, 3, 4, generator=generator) / 2
+    labels = torch.randint(0, 4, (200, 3), generator=generator)
+    labels[::2, 2] = -100
+    expected = sum(all(row[t].argmax() == label for t, label in enumerate(wanted) if label != -100) for row, wanted in zip(logits, labels))
+    assert 0 < expected < 200 and train_module.count_right(logits, labels).item() == expected
+
+
+def test_peak_memory(monkeypatch):
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert train_module.peak_memory_mb() == pytest.approx(kilobytes / 1024, abs=1)
+    monkeypatch.setattr(sys, "platform", "darwin")                           # counts bytes
+    assert train_module.peak_memory_mb() == pytest.approx(kilobytes / 1024**2, abs=1)
 
 
 def test_torn_log(tmp_path):
