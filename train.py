@@ -388,19 +388,21 @@ def answer(model, tokenizer, task, rows, stop):
 
 
 def answer_all(model, tokenizer, tasks, rows, names, stop, known):
-    """-> {task: {split: texts}} on the named splits, or None when the user stops it; `known` is what is there already."""
+    """-> {(task, split): texts} on the named splits, or None when the user stops it; `known` is what is there already."""
     answers = {}
-    for name, split in ((name, split) for name in tasks for split in rows[name] if split in names):
-        texts = known.get(name, {}).get(split) or answer(model, tokenizer, tasks[name], rows[name][split], stop)
-        if texts is None:
+    for place in ((name, split) for name in tasks for split in rows[name] if split in names):
+        answers[place] = known.get(place) or answer(model, tokenizer, tasks[place[0]], rows[place[0]][place[1]], stop)
+        if answers[place] is None:
             return None
-        answers.setdefault(name, {})[split] = texts
     return answers
 
 
 def score_all(tasks, splits, answers):
     """-> {task: {split: {metric: value}}}"""
-    return {name: {split: data.score(tasks[name], texts, splits[name][split]) for split, texts in by_split.items()} for name, by_split in answers.items()}
+    metrics = {name: {} for name in tasks}
+    for (name, split), texts in answers.items():
+        metrics[name][split] = data.score(tasks[name], texts, splits[name][split])
+    return metrics
 
 
 def averages(tasks, metrics, split):
@@ -805,7 +807,7 @@ def evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known):
         leave_first(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
     metrics = score_all(tasks, splits, answers)
     majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split}
-                for name, by_split in answers.items()}
+                for name, by_split in metrics.items()}
     means = {split: averages(tasks, metrics, split) for split in ("validation", "test") if all(split in by_split for by_split in metrics.values())}
     write_first(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, average=means, majority=majority), indent=1).encode() + b"\n")
     report(tasks, splits, answers, metrics, majority, means, settings)
@@ -860,14 +862,15 @@ def align(rows):
 def report(tasks, splits, answers, metrics, majority, means, settings):
     """Print the metrics beside those of a constant answer, five answers of every task, and how to go on."""
     print("\n" + align([("task", "split", "metric", "value", "majority", "rows"), *(
-        (name, split, metric, f"{value:.4f}", f"{majority[name][split][metric]:.4f}", f"{len(answers[name][split]):,}")
+        (name, split, metric, f"{value:.4f}", f"{majority[name][split][metric]:.4f}", f"{len(answers[name, split]):,}")
         for name, by_split in metrics.items() for split, values in by_split.items() for metric, value in values.items())]))
     for split, mean in means.items() if len(tasks) > 1 else []:
         print(f"\nmean of the {sum(len(task.metrics) for task in tasks.values())} metrics on {split} {mean['metrics']:.4f}, of the {len(tasks)} tasks {mean['tasks']:.4f}")
     for name, task in tasks.items():
-        split = "test" if "test" in answers[name] else "validation"
-        pairs = [(splits[name][split][i], answers[name][split][i]) for i in np.random.default_rng(settings.seed).permutation(len(answers[name][split]))[:5]]
-        print(f"\n{len(pairs)} of the {len(answers[name][split]):,} answers of {name}, {split}:")
+        split = "test" if (name, "test") in answers else "validation"
+        texts, examples = answers[name, split], splits[name][split]
+        pairs = [(examples[i], texts[i]) for i in np.random.default_rng(settings.seed).permutation(len(texts))[:5]]
+        print(f"\n{len(pairs)} of the {len(texts):,} answers of {name}, {split}:")
         for example, text in pairs:
             right = data.rightness(task, text, example)
             mark = "" if right is None else {0: "(wrong) ", 1: "(right) "}.get(right, f"({right:.1f} right) ")

@@ -288,7 +288,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 self.send_header("X-Linked-Etag", f'"{digest}"')
                 self.send_header("Content-Length", "0")
                 return self.end_headers()
-            digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            digest = hashlib.sha1(b"blob %d\0" % len(content) + content + (b"x" if name in Hub.wrong else b"")).hexdigest()
         start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
         if start >= len(content):
             return self.send_error(416)
@@ -333,6 +333,10 @@ def test_download_resume_and_cache(hub):
 def test_download_that_cannot_be_trusted(hub):
     """A wrong hash, a redirect to a strange host, a missing repository, a server that always breaks off: never in place."""
     place = hub / "cache" / "hyperpelt" / "org--tiny" / "model.safetensors"
+    Hub.wrong = {"config.json"}                                              # a small file: its git hash, in ETag alone
+    with pytest.raises(UserError, match="config.json: found hash [0-9a-f]{40}, expected"):
+        T5.from_pretrained("org/tiny")
+    assert not place.with_name("config.json").exists()
     Hub.wrong = {"model.safetensors"}
     with pytest.raises(UserError, match="found hash"):
         T5.from_pretrained("org/tiny")
