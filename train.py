@@ -152,8 +152,8 @@ def complete_settings(given):
         settings["export_task"] = given.pop("task", "")                      # chooses one of the run's
     if settings["existing_run"]:
         if not (out / "config.json").exists():
-            command = ["python", "train.py", *(word for name in ("task", "method", "out") if name in given for word in (f"--{name}", given[name]))]
-            raise UserError(f"{out}/config.json: no such file, expected a run; this trains one: {shlex.join(command)}")
+            chosen = [f"--{name} {shlex.quote(given[name])}" for name in ("task", "method", "out") if name in given]
+            raise UserError(f"{out}/config.json: no such file, expected a run; this trains one: {' '.join(['python train.py', *chosen])}")
         saved = data.read_json(out / "config.json", "settings")["settings"]
         for name in (name for name in defaults if name not in FREE and type(saved.get(name)) is not type(defaults[name])):
             raise UserError(f"{out}/config.json: settings: {name}: found {saved.get(name)!r}, expected {type(defaults[name]).__name__}")
@@ -208,7 +208,8 @@ def encode(examples, tokenizer, settings):
 
 def image_sets(splits):
     """-> {image set: number of examples about its images}"""
-    return dict(sorted(Counter(e.image[0] for by_split in splits.values() for examples in by_split.values() for e in examples if e.image).items()))
+    every = [example for by_split in splits.values() for examples in by_split.values() for example in examples]
+    return dict(sorted(Counter(example.image[0] for example in every if example.image).items()))
 
 
 def open_features(settings, wanted):
@@ -219,7 +220,8 @@ def open_features(settings, wanted):
     if not wanted:
         return {}, 0, {}
     if not settings.features:
-        raise UserError(f"--features: found nothing, expected the folder with {', '.join(f'{name}.npy' for name in wanted)}; clip_features.py makes them")
+        raise UserError(f"--features: found nothing, expected the folder with {', '.join(f'{name}.npy' for name in wanted)};"
+                        " clip_features.py makes them")
     found, kinds = {name: load_features(Path(settings.features) / f"{name}.npy") for name in wanted}, {}
     for name, (array, _, meta) in found.items():
         path = Path(settings.features) / f"{name}.npy"
@@ -227,7 +229,8 @@ def open_features(settings, wanted):
         if kinds[name] != kinds[wanted[0]]:
             raise UserError(f"{path}: found features {kinds[name]}; expected {kinds[wanted[0]]}, as in {wanted[0]}.npy")
         if settings.vision != "tokens" and array.shape[1] != settings.prefix_length:     # eq. (7): position by position [R]
-            raise UserError(f"{path}: found {array.shape[1]} grid cells for each image, expected {settings.prefix_length}, one for each of --prefix-length positions")
+            raise UserError(f"{path}: found {array.shape[1]} grid cells for each image, expected {settings.prefix_length}, one for each"
+                            " of --prefix-length positions")
     mark = hashlib.sha256("".join(str(meta.get("sha256")) for _, _, meta in found.values()).encode()).hexdigest()[:16]
     return found, array.shape[2], {"features": mark}
 
@@ -241,7 +244,8 @@ def load_images(settings, splits, rows):
         for split, examples in by_split.items():
             if examples and examples[0].image:
                 if absent := ["/".join(e.image) for e in examples if e.image[1] not in ids[e.image[0]]]:
-                    raise UserError(f"{len(absent)} of {len(examples)} examples of {task} {split} have no features in {settings.features}: {data.named(absent)}")
+                    raise UserError(f"{len(absent)} of {len(examples)} examples of {task} {split} have no features in {settings.features}:"
+                                    f" {data.named(absent)}")
                 places = [(found[image_set][0], ids[image_set][key]) for image_set, key in (e.image for e in examples)]
                 if settings.vision == "shuffled":                            # answers from the question alone: what a prior can do
                     places = [places[i] for i in np.random.default_rng([settings.seed, len(places)]).permutation(len(places))]
@@ -288,7 +292,8 @@ def make_batches(rows, settings):
         tokens, own = sum(map(len, targets)), slice(RANK, None, WORLD)
         share = WORLD * sum(map(len, targets[own])) / tokens
         chosen, targets = chosen[own] or chosen[:1], targets[own] or targets[:1]
-        ids, labels = (torch.from_numpy(data.pad(part, value)) for part, value in (([row.source for row in chosen], 0), (targets, -100)))
+        ids = torch.from_numpy(data.pad([row.source for row in chosen], 0))
+        labels = torch.from_numpy(data.pad(targets, -100))
         return names[turn], ids, labels, gather_images(chosen), share
 
     return steps, batch
@@ -307,7 +312,9 @@ def data_mark(rows):
     texts = hashlib.sha256()
     for name, by_split in rows.items():
         for split, examples in by_split.items():
-            texts.update(b"".join([f"{name} {split}".encode(), *(ids.tobytes() for row in examples for ids in (row.source, *row.targets))]))
+            texts.update(f"{name} {split}".encode())
+            for row in examples:
+                texts.update(b"".join(ids.tobytes() for ids in (row.source, *row.targets)))
     return texts.hexdigest()[:16]
 
 
@@ -374,11 +381,13 @@ def answer(model, tokenizer, task, rows, stop):
     order, texts = np.argsort([len(row.source) for row in rows], kind="stable"), {}
     with torch.no_grad():
         sites = model.generate_sites(task.name)
-        for start in progress_bar(iterable=range(EVAL_BATCH * RANK, len(order), EVAL_BATCH * WORLD), desc=f"evaluate {task.name}", leave=False):
+        starts = range(EVAL_BATCH * RANK, len(order), EVAL_BATCH * WORLD)
+        for start in progress_bar(iterable=starts, desc=f"evaluate {task.name}", leave=False):
             if stop and WORLD == 1:
                 return None
             chosen = order[start:start + EVAL_BATCH]
-            ids, features = torch.from_numpy(data.pad([rows[i].source for i in chosen], 0)).to(device), gather_images([rows[i] for i in chosen])
+            ids = torch.from_numpy(data.pad([rows[i].source for i in chosen], 0)).to(device)
+            features = gather_images([rows[i] for i in chosen])
             injected = model.inject(sites, None if features is None else features.to(device))
             outputs = model.t5.generate(ids, max_new_tokens=longest, num_beams=beams, **injected)
             for i, output in zip(chosen, outputs):
@@ -436,7 +445,8 @@ def show(result):
 def save_tensors(path, tensors, metadata):
     """safetensors, written aside and renamed: the previous file stays until the new one is whole."""
     # One key of metadata: with several, safetensors writes them in an order that differs from run to run.
-    write_first(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"hyperpelt": json.dumps(metadata)}))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_first(path, save(tensors, {"hyperpelt": json.dumps(metadata)}))
 
 
 def load_tensors(path, expected, keys):
@@ -454,8 +464,10 @@ def training_state(model, optimiser):
     for name, parameter in model.trained().items():
         state = optimiser.state[parameter]
         if not state:
-            state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
-        tensors.update({f"trained.{name}": parameter, **{f"{part}.{name}": state[part] for part in ("step", "exp_avg", "exp_avg_sq")}})
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors[f"trained.{name}"] = parameter
+        tensors.update({f"{part}.{name}": state[part] for part in ("step", "exp_avg", "exp_avg_sq")})
     tensors["generator.cpu"] = torch.stack(gather(torch.get_rng_state()))    # a row a process
     if torch.cuda.is_available():
         tensors["generator.cuda"] = torch.stack(gather(torch.cuda.get_rng_state()))
@@ -495,7 +507,8 @@ def read_run(folder):
     """config.json of a run's folder -> dict. Raises UserError where it is missing or lacks a part."""
     record = data.read_json(Path(folder) / "config.json", "settings", "fingerprints", "hyperpelt", "image_sets")
     if record.get("format") != FORMAT:
-        raise UserError(f"{folder}/config.json: format: found {record.get('format')!r}, expected {FORMAT}: another version of train.py wrote this run")
+        raise UserError(f"{folder}/config.json: format: found {record.get('format')!r}, expected {FORMAT}:"
+                        " another version of train.py wrote this run")
     tasks, method, counts = record.get("tasks"), record["settings"].get("method"), ("trained_parameters", "backbone_parameters")
     for name, value, good, expected in (
             ("tasks", tasks, isinstance(tasks, list) and tasks and all(type(task) is str for task in tasks), "a list of names"),
@@ -538,15 +551,16 @@ def start_from(model, rows, marks, settings):
             place(task, source)
             losses[source] = answer_loss(model, task, first)[1].item()
         place(task, min(losses, key=losses.get))
-        print(f"{task} begins as {min(losses, key=losses.get)}; loss on {len(first)} training rows: {', '.join(f'{k} {v:.3f}' for k, v in losses.items())}")
+        print(f"{task} begins as {min(losses, key=losses.get)}; loss on {len(first)} training rows:"
+              f" {', '.join(f'{k} {v:.3f}' for k, v in losses.items())}")
 
 
 def export(model, tasks, mark, settings):
     """Write one task's weights as they are after generation, and the layer norms: nothing of the hypernetworks is left."""
     name = settings.export_task or list(tasks)[0]
     if name not in tasks or len(tasks) > 1 and not settings.export_task or name in data.IMAGE_TASKS:
-        raise UserError(f"--export: found --task {settings.export_task or 'not given'}; expected one of the run's tasks without images, whose weights"
-                        f" differ from image to image: {', '.join(task for task in tasks if task not in data.IMAGE_TASKS)}")
+        raise UserError(f"--export: found --task {settings.export_task or 'not given'}; expected one of the run's tasks without images,"
+                        f" whose weights differ from image to image: {', '.join(task for task in tasks if task not in data.IMAGE_TASKS)}")
     model.t5.dtype = torch.float32                                           # as they are generated, not as a bf16 run uses them
     with torch.no_grad():
         tensors = pack_sites(model.generate_sites(name))
@@ -638,8 +652,8 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
             raise UserError(f"{log_path}: cannot be written: {error.strerror}; go on with: python train.py --out {out} --resume") from None
 
     def save_progress():
-        counts = gather((int(right), progress["seen"]))
-        save_last(out / "last.safetensors", model, optimiser, {**progress, "right": sum(r for r, _ in counts), "seen": sum(n for _, n in counts)})
+        rights, seen = map(sum, zip(*gather((int(right), progress["seen"]))))
+        save_last(out / "last.safetensors", model, optimiser, {**progress, "right": rights, "seen": seen})
 
     while True:
         step = progress["step"]
@@ -741,16 +755,19 @@ def prepare(settings, saved):
     splits, rows = ({}, {}) if without_data else load_data(settings, tasks, tokenizer)
     t5 = T5.from_pretrained(settings.model)
     if tokenizer.first_sentinel >= t5.config.vocab_size:
-        raise UserError(f"{settings.model}: spiece.model and sentinels give {tokenizer.first_sentinel + 1} ids, config.json says vocab_size {t5.config.vocab_size}")
+        raise UserError(f"{settings.model}: spiece.model and sentinels give {tokenizer.first_sentinel + 1} ids,"
+                        f" config.json says vocab_size {t5.config.vocab_size}")
     if without_data:
         images, width, feature_mark = open_features(settings, list(saved["image_sets"]))
     else:
         width, feature_mark = load_images(settings, splits, rows)
-    marks = {"backbone": backbone_mark(t5), "data": data_mark(rows), **feature_mark, "device": f"{device.type}{f' x {WORLD}' * (WORLD > 1)}"}
+    place = device.type + f" x {WORLD}" * (WORLD > 1)
+    marks = {"backbone": backbone_mark(t5), "data": data_mark(rows), **feature_mark, "device": place}
     unchecked = {"device": not settings.resume, "data": without_data}
     for what in (what for what in marks if settings.existing_run and not unchecked.get(what)):
         if saved["fingerprints"].get(what) != marks[what]:
-            raise UserError(f"{settings.out}/config.json: the run had another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}")
+            raise UserError(f"{settings.out}/config.json: the run had another {what}: found {marks[what]},"
+                            f" expected {saved['fingerprints'].get(what)}")
     sizes = {f.name: getattr(settings, f.name) for f in dataclasses.fields(HyperPELTConfig) if hasattr(settings, f.name)}
     sizes.update(visual_width=width, vision="both" if settings.vision == "shuffled" else settings.vision)
     model = HyperPELT(t5, list(tasks), HyperPELTConfig(**sizes), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
@@ -784,8 +801,9 @@ def run_once(settings):
     if not settings.existing_run:
         if RANK == 0 and (out / "config.json").exists():                     # since complete_settings looked
             raise UserError(f"{out}: another process has begun a run here")
-        record = dict(format=FORMAT, settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks), trained_parameters=trained,
-                      deployed_parameters=deployed(model), backbone_parameters=whole, hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
+        record = dict(format=FORMAT, settings=settings.record, fingerprints=marks, image_sets=image_sets(splits), tasks=list(tasks),
+                      trained_parameters=trained, deployed_parameters=deployed(model), backbone_parameters=whole,
+                      hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
         write_first(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
     introduce(model.t5, splits, settings)
     print(f"{settings.method}, {settings.precision}, {model.layer_ids.device.type}: {share}")
@@ -808,8 +826,10 @@ def evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known):
     metrics = score_all(tasks, splits, answers)
     majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split}
                 for name, by_split in metrics.items()}
-    means = {split: averages(tasks, metrics, split) for split in ("validation", "test") if all(split in by_split for by_split in metrics.values())}
-    write_first(out / "metrics.json", json.dumps(dict(best_step=best_step, **metrics, average=means, majority=majority), indent=1).encode() + b"\n")
+    shared = [split for split in ("validation", "test") if all(split in by_split for by_split in metrics.values())]
+    means = {split: averages(tasks, metrics, split) for split in shared}
+    record = dict(best_step=best_step, **metrics, average=means, majority=majority)
+    write_first(out / "metrics.json", json.dumps(record, indent=1).encode() + b"\n")
     report(tasks, splits, answers, metrics, majority, means, settings)
     if RANK == 0:
         draw(model, tasks, majority, out)
@@ -836,7 +856,8 @@ def predict(model, tokenizer, tasks, splits, rows, settings):
                 load_images(settings, {task.name: known}, rows)              # all once more: their features must be alike
             examples, path = known[split], Path(settings.out) / file
             texts = answer(model, tokenizer, task, rows[task.name][split], [])
-            unknown = (data.write_results if visual else data.write_submission)(path, task, texts, examples) if RANK == 0 else 0
+            write = data.write_results if visual else data.write_submission
+            unknown = write(path, task, texts, examples) if RANK == 0 else 0
             print(f"{path}: {len(examples):,} predictions" + (f"; {unknown} answers were no label" if unknown else ""))
 
 
@@ -844,9 +865,10 @@ def predict(model, tokenizer, tasks, splits, rows, settings):
 
 def introduce(t5, splits, settings):
     """What the run works on; of a small one also the command line that does it in earnest."""
-    name, place = "mini-t5 (bundled, " if settings.bundled else f"{settings.model} (", "bundled sample data" if settings.sample else settings.data_dir
-    counts = "; ".join(f"{task} " + ", ".join(f"{split} {len(examples):,}" for split, examples in by_split.items()) for task, by_split in splits.items())
-    print(f"{name}{sum(p.numel() for p in t5.parameters()) / 1e6:.1f} M parameters) on {place}: {counts}")
+    name = "mini-t5 (bundled, " if settings.bundled else f"{settings.model} ("
+    counts = [f"{task} " + ", ".join(f"{split} {len(examples):,}" for split, examples in by_split.items()) for task, by_split in splits.items()]
+    print(f"{name}{sum(p.numel() for p in t5.parameters()) / 1e6:.1f} M parameters)"
+          f" on {'bundled sample data' if settings.sample else settings.data_dir}: {'; '.join(counts)}")
     if settings.bundled and not settings.existing_run:
         visual = [name in data.IMAGE_TASKS for name in splits]
         folder = "vl --features features" if all(visual) else "DIR --features features" if any(visual) else "glue --download"
@@ -865,7 +887,8 @@ def report(tasks, splits, answers, metrics, majority, means, settings):
         (name, split, metric, f"{value:.4f}", f"{majority[name][split][metric]:.4f}", f"{len(answers[name, split]):,}")
         for name, by_split in metrics.items() for split, values in by_split.items() for metric, value in values.items())]))
     for split, mean in means.items() if len(tasks) > 1 else []:
-        print(f"\nmean of the {sum(len(task.metrics) for task in tasks.values())} metrics on {split} {mean['metrics']:.4f}, of the {len(tasks)} tasks {mean['tasks']:.4f}")
+        count = sum(len(task.metrics) for task in tasks.values())
+        print(f"\nmean of the {count} metrics on {split} {mean['metrics']:.4f}, of the {len(tasks)} tasks {mean['tasks']:.4f}")
     for name, task in tasks.items():
         split = "test" if (name, "test") in answers else "validation"
         texts, examples = answers[name, split], splits[name][split]
@@ -879,7 +902,8 @@ def report(tasks, splits, answers, metrics, majority, means, settings):
             print("\n" + align([(f"  {field}", textwrap.shorten(value, 120, placeholder=" ...")) for field, value in lines if value]))
     example = min((example for example, _ in pairs), key=lambda example: len(example.source))
     asked = [name] * (len(tasks) > 1) + example.parts[1::2] + [":".join(example.image or "")] * bool(example.image)
-    print(f"\nask it:    python train.py --out {settings.out} --ask {shlex.join(asked)}\nevaluate:  python train.py --out {settings.out} --eval-only")
+    print(f"\nask it:    python train.py --out {settings.out} --ask {shlex.join(asked)}")
+    print(f"evaluate:  python train.py --out {settings.out} --eval-only")
 
 
 def find_image(images, text, settings):
@@ -922,8 +946,10 @@ def ask(model, tokenizer, tasks, images, settings):
 def table(folders):
     """Folders of finished runs, or of their seed-... folders -> a Markdown table: a row for each method (and other settings), a column
     for each task, mean and standard deviation over seeds in percent. Runs of one task each share a row. Raises UserError."""
-    runs = [run for folder in map(Path, folders) for run in ([folder] if (folder / "config.json").exists() else sorted(folder.glob("seed-*")) or [folder])]
-    columns, groups = {}, {}                                                 # {task: heading}, {settings: {seed: {task: (values, trained, share)}}}
+    runs = []
+    for folder in map(Path, folders):
+        runs += [folder] if (folder / "config.json").exists() else sorted(folder.glob("seed-*")) or [folder]
+    columns, groups = {}, {}                            # {task: heading}, {settings: {seed: {task: (values, trained, share)}}}
     for run in runs:
         config, metrics = read_run(run), data.read_json(run / "metrics.json", "average")
         settings = {k: v for k, v in config["settings"].items() if k not in ("out", "seed", "data_dir", "features")}
@@ -938,18 +964,25 @@ def table(folders):
             by_task[name] = [metrics[name][split][metric] for metric in task.metrics], trained, trained / config["backbone_parameters"]
 
     def percent(values):
-        return f"{100 * np.mean(values):.2f}" + (f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "") if len(values) else "-"
+        if len(values) < 2:
+            return f"{100 * values[0]:.2f}" if values else "-"
+        return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}"
 
-    lines = [["method", "trained", "of the T5", "seeds", *columns.values(), "mean of metrics", "mean of tasks"], ["---"] * (6 + len(columns))]
+    lines = [["method", "trained", "of the T5", "seeds", *columns.values(), "mean of metrics", "mean of tasks"]]
+    lines.append(["---"] * len(lines[0]))
     for key, by_seed in groups.items():
         own, first = json.loads(key), next(iter(by_seed.values()))
         others = [other for other in map(json.loads, groups) if other["method"] == own["method"]]
         label = own["method"] + "".join(f", {k} {v}" for k, v in own.items() if any(other.get(k) != v for other in others))
-        line = [label, f"{sum(trained for _, trained, _ in first.values()):,.0f}", f"{sum(share for *_, share in first.values()):.2%}", str(len(by_seed))]
+        _, trained, shares = zip(*first.values())
+        line = [label, f"{sum(trained):,.0f}", f"{sum(shares):.2%}", str(len(by_seed))]
         for name in columns:
-            line.append(" / ".join(map(percent, zip(*(by_task[name][0] for by_task in by_seed.values() if name in by_task)))) or "-")
+            values = [by_task[name][0] for by_task in by_seed.values() if name in by_task]      # [seeds][metrics]
+            line.append(" / ".join(map(percent, zip(*values))) or "-")
         whole = [[by_task[name][0] for name in columns] for by_task in by_seed.values() if by_task.keys() == columns.keys()]
-        lines.append([*line, percent([np.mean(sum(values, [])) for values in whole]), percent([np.mean([np.mean(v) for v in values]) for values in whole])])
+        line.append(percent([np.mean(sum(values, [])) for values in whole]))
+        line.append(percent([np.mean([np.mean(v) for v in values]) for values in whole]))
+        lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -982,12 +1015,13 @@ def draw(model, tasks, majority, out):
         for name, metric in ((name, metric) for name, task in tasks.items() for metric in task.metrics):
             values = [row["validation"][name]["validation"][metric] for row in evaluations]
             line, = axes.plot([row["step"] for row in evaluations], values, "o-", label=f"{name} validation {metric}")
-            axes.axhline(majority[name]["validation"][metric], linestyle="--", color=line.get_color(), label=f"{name} {metric}, majority")
+            axes.axhline(majority[name]["validation"][metric], linestyle="--", color=line.get_color(),
+                         label=f"{name} {metric}, majority")
         axes.legend(fontsize="small", bbox_to_anchor=(1, 1))
         figure.savefig(out / "curves.png", dpi=120)
     if len(tasks) > 1 and hasattr(model, "hyper_embedding"):
         figure = Figure(figsize=(2 + 0.8 * len(tasks),) * 2, layout="constrained")
-        draw_cosines(figure.subplots(), model.hyper_embedding.task, list(tasks), "cosine of the task embeddings")                 # z_tau [M, N*Z]
+        draw_cosines(figure.subplots(), model.hyper_embedding.task, list(tasks), "cosine of the task embeddings")     # z_tau [M, N, Z]
         figure.savefig(out / "task_similarity.png", dpi=120)
 
 
