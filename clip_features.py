@@ -305,7 +305,7 @@ def normalise(pixels):
     return (pixels.float() / 255 - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------------------- images
+# -------------------------------------------------------------------- images (from here on plumbing: files in and out)
 
 class Broken(Exception):
     """An image that cannot be decoded."""

@@ -14,8 +14,9 @@
 
 A run's folder (--out) holds config.json (all settings), log.jsonl (a row for every few steps and every evaluation),
 metrics.json (the result), last.safetensors (what is trained, optimiser, generators, step: a run resumes from it exactly)
-and best.safetensors (what is trained, nothing else). The order of the code: settings, data, processes, evaluation, checkpoints,
-loop, what is shown. With neither --model nor --data-dir a run uses the folder sample/ beside this file.
+and best.safetensors (what is trained, nothing else). With neither --model nor --data-dir a run
+uses the folder sample/ beside this file. The order of the code: settings, data, processes, evaluation, checkpoints, loop, what is
+shown. A first reading can leave out `complete_settings`, processes and checkpoints.
 """
 import argparse
 import dataclasses
