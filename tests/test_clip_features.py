@@ -94,6 +94,10 @@ def test_config_may_leave_out_what_is_usual(tmp_path):
     compare(theirs, load_encoder(tmp_path)[0], pixels())
 
 
+def test_one_head(tmp_path):
+    compare(make_vit(tmp_path, num_attention_heads=1), load_encoder(tmp_path)[0], pixels())
+
+
 @pytest.mark.parametrize("size", [16, 40, 64])
 def test_other_resolutions(size, tmp_path):
     """Only the grid part of the position table is interpolated: written out here, and as transformers has it."""

@@ -2,6 +2,7 @@
 import hashlib
 import http.server
 import json
+import os
 import threading
 
 import pytest
@@ -268,7 +269,7 @@ def test_wrong_tokenizer_files(tmp_path):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """A model hub in small: large files are redirected to a storage path, hashes announced, connections cut on demand."""
-    files, cuts, log, wrong, target = {}, [], [], set(), "/storage"
+    files, cuts, log, wrong, target, broken = {}, [], [], set(), "/storage", []
 
     def log_message(self, *args):
         pass
@@ -276,6 +277,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.split("?")[0].removeprefix("/storage").removeprefix("/org/tiny/resolve/main/")
         Hub.log.append((self.path, self.headers.get("Range")))
+        if Hub.broken:
+            return self.send_error(Hub.broken.pop())
         content = Hub.files.get(name)
         if content is None:
             return self.send_error(404)
@@ -306,7 +309,7 @@ def hub(tmp_path, monkeypatch, vocabulary):
     make_checkpoint(tmp_path / "served", vocab_size=256)
     (tmp_path / "served" / "spiece.model").write_bytes(vocabulary.read_bytes())
     Hub.files = {name: (tmp_path / "served" / name).read_bytes() for name in ("config.json", "spiece.model", "model.safetensors")}
-    Hub.cuts, Hub.log, Hub.wrong, Hub.target = [], [], set(), "/storage"
+    Hub.cuts, Hub.log, Hub.wrong, Hub.target, Hub.broken = [], [], set(), "/storage", []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -328,6 +331,18 @@ def test_download_resume_and_cache(hub):
     T5.from_pretrained("org/tiny"), Tokenizer.from_pretrained("org/tiny")
     assert len(Hub.log) == asked
     assert not list((hub / "cache").rglob("*.part"))
+
+
+@pytest.mark.parametrize("code, tries", [(400, 1), (403, 1), (408, 4), (429, 4), (499, 1), (500, 4), (503, 4)])
+def test_which_answers_are_tried_again(hub, code, tries):
+    """A refusal (4xx) is final but for "timeout" and "too many requests"; a server's own trouble (5xx) may pass."""
+    Hub.broken[:] = [code] * 9
+    with pytest.raises(UserError, match=f"the server answers {code} .*; try again later"):
+        download(f"{os.environ['HF_ENDPOINT']}/org/tiny/resolve/main/config.json", hub / "fetched", tries=4)
+    assert len(Hub.log) == tries and not (hub / "fetched").exists()
+    Hub.broken[:] = [503, 408]
+    assert download(f"{os.environ['HF_ENDPOINT']}/org/tiny/resolve/main/config.json", hub / "fetched", tries=4)
+    assert (hub / "fetched").read_bytes() == Hub.files["config.json"]
 
 
 def test_download_that_cannot_be_trusted(hub):
