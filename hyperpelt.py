@@ -3,32 +3,34 @@
     python hyperpelt.py --model t5-base --tasks 8      # what is trained, with shapes and counts; needs no weights
     python hyperpelt.py --tour runs/rte-hyperpelt      # one example on its way through the method (sample/tour.py)
 
-Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are not known to us; these are our own:
-    (1)  I^tau_{i,j} = W2 ReLU(W1 [z_tau ; l_i ; b_j] + c1) + c2        hyper-embedding of task tau, layer i, block type j
-    (2)  P_k = I W_k + c_k,   P_v = I W_v + c_v                         prefix hypernetwork h_P
-    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]                        prefix-tuning of an attention
-    (4)  (W_down, b_down, W_up, b_up) = h_A(mean over positions of I)   adapter hypernetwork h_A
-    (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up                     adapter, u = norm(x)
-    (6)  y = x + FFN(u) + lambda A(u)                                   parallel to the feed-forward block
-VL-HyperPELT, for a task that comes with images, has a second side, with hypernetworks h_P^v and h_A^v of its own:
-    (7)  z_v = V W_v + c_v                                              visual embedding of an image's N grid features V,
-                                                                        each normalised first [C]
-    (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v    visual hyper-embedding, through (2) and (4) again
-    (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]        the image's prefix after the task's
-    (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                 the image's adapter beside the task's
+Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are not known to us; these are our own, each with what we
+know of it: [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
+    (1)  I^tau_{i,j} = W2 ReLU(W1 [z_tau ; l_i ; b_j] + c1) + c2       hyper-embedding of task tau, layer i, block type j [P; this form R]
+    (2)  P_k = I W_k + c_k,   P_v = I W_v + c_v                        prefix hypernetwork h_P [P; row by row R]
+    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]                       prefix-tuning of an attention [P; past W_K and W_V X: MAM]
+    (4)  (W_down, b_down, W_up, b_up) = h_A(mean over positions of I)  adapter hypernetwork h_A [P; the mean C]
+    (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up                    adapter [P; ReLU X: MAM], u = norm(x) [C]
+    (6)  y = x + FFN(u) + lambda A(u)                                  parallel to the feed-forward block [X: MAM], lambda trained [R]
+VL-HyperPELT, for a task that comes with images, has a second side, with hypernetworks h_P^v and h_A^v of its own [P]:
+    (7)  z_v = V W_v + c_v                                             visual embedding of an image's N grid features V [R],
+                                                                       each normalised first [C]
+    (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v   visual hyper-embedding [R], through (2) and (4) again
+    (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]       the image's prefix after the task's [P; the order C]
+    (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                the image's adapter beside the task's [P; lambda_v R]
 What it is compared with enters by (3), (5) and (6) too, but is trained itself, a set for each task:
-    (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                            prefix-tuning, reparameterised; W, c shared by all tasks
-A site is a place that receives generated weights: (block type, layer), five block types. The weights of all sites are
-made at once, in a few batched products, then handed to the two seams of t5.py. What we know of each choice is marked
-[P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
+    (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                  prefix-tuning, reparameterised [X]; W, c shared by all tasks [R]
+
+A site is a place that receives generated weights: (block type, layer), five block types [D]. The weights of all sites are made at once,
+in a few batched products, then handed to the two seams of t5.py. The order of the file: HyperPELTConfig; hyper-embeddings (1), (7), (8);
+hypernetworks (2), (4); injection (3), (5), (6), (9), (10); HyperPELT, which is the model; the baselines' LearnedWeights (11); the budget.
 
 Shapes: B batch, S source length (in the decoder's adapters the target's), T target length, N prefix length, D d_model, H heads,
-K d_kv, R bottleneck, M tasks, L layers of encoder and decoder, E hyper-embedding width d_I, Z input embedding width d_t, Q hidden
-widths (the projector's, eq. (11)'s), V width of an image's features, in logits the vocabulary.
+K d_kv, R bottleneck, M tasks, L layers of encoder and decoder, E hyper-embedding width d_I, Z input embedding width d_t, Q width of
+a hidden layer, V width of an image's features.
 
     model = HyperPELT(T5.from_pretrained(folder), ["rte"], HyperPELTConfig())                    # what train.py does with it
     logits, loss = model(input_ids, attention_mask, labels, "rte")
-    model.t5.generate(input_ids, sites=model.generate_sites("rte"))
+    model.eval().t5.generate(input_ids, sites=model.generate_sites("rte"))
 """
 import math
 import runpy
@@ -45,21 +47,21 @@ from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SE
 
 BLOCK_TYPES = [ENCODER_SELF, ENCODER_FFN, DECODER_SELF, DECODER_CROSS, DECODER_FFN]  # b_j's index [D: five]
 METHODS = {  # (prefix, adapter, where they come from)
-    "hyperpelt": (True, True, "hypernetworks"),
-    "hyperprefix": (True, False, "hypernetworks"),      # the paper's HyperPrefix
-    "hyperadapter": (False, True, "hypernetworks"),
-    "hyperformer": (False, True, "hypernetworks"),      # HyperFormer++'s way: one vector I a site, layer norm on it [X]
-    "prefix": (True, False, "learned"),                 # prefix-tuning
-    "adapter": (False, True, "learned"),                # parallel adapters
-    "mam": (True, True, "learned"),                     # both: the MAM adapter
-    "norms": (False, False, "nowhere"),                 # the frozen T5 with its layer norms trained: what all others add to
+    "hyperpelt": (True, True, "hypernetworks"),         # the paper's HyperPELT [P]
+    "hyperprefix": (True, False, "hypernetworks"),      # the paper's HyperPrefix [P]
+    "hyperadapter": (False, True, "hypernetworks"),     # the other half alone [C]
+    "hyperformer": (False, True, "hypernetworks"),      # HyperFormer++'s way: one vector I a site, layer norm on it [X]; our sites [C]
+    "prefix": (True, False, "learned"),                 # prefix-tuning [X]
+    "adapter": (False, True, "learned"),                # parallel adapters [X: MAM]
+    "mam": (True, True, "learned"),                     # both: the MAM adapter [X]
+    "norms": (False, False, "nowhere"),                 # only the layer norms, which every other method trains too [C]
     "full": (False, False, "nowhere"),                  # full fine-tuning
 }
 VISION = {  # what an image gives the T5: (visual prefix, visual adapter, tokens in the encoder's input)
-    "both": (True, True, False),               # the paper's VL-HyperPELT
+    "both": (True, True, False),               # the paper's VL-HyperPELT [P]
     "prefix": (True, False, False),
     "adapter": (False, True, False),
-    "tokens": (False, False, True),            # the baseline, VL-Adapter's way: hypernetworks for the task side only
+    "tokens": (False, False, True),            # the baseline, VL-Adapter's way [X]: hypernetworks for the task side only
 }
 
 
@@ -75,10 +77,10 @@ class HyperPELTConfig:
     per_position: bool = True       # True: an embedding for each of the N positions [R]; False: one vector [X: HyperFormer]
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
-    adapter_scale: float = 0.1      # lambda of eq. (6) at the start [C: steadier than 1, X: MAM; see README]; trained [R]
-    position_noise: float = 0.5     # share of the variance of z, l, b that differs from position to position at the start [C]
+    adapter_scale: float = 0.1      # lambda of eq. (6) at the start [C; MAM starts at 1, X, which was less steady: see README]
+    position_noise: float = 0.5     # z, l, b at the start: how much of their variance is between positions; see `initialise` [C]
     visual_width: int = 0           # V; 0: no image side. 2048: the last map of CLIP's ResNet-101 [R, X: VL-Adapter]
-    visual_norm: bool = True        # layer norm, without weights, on V, whose scale is the encoder's (one had 38) [C]
+    visual_norm: bool = True        # layer norm, without weights, on the image's features: encoders differ widely in scale [C]
     vision: str = "both"            # a key of VISION; if the method has no prefixes (or no adapters), images get none either [C]
 
 
@@ -100,7 +102,9 @@ class Projector(nn.Module):
         z = F.linear(z, w_z, self.hidden.bias)                                                      # [(B,) N, Q]
         l = F.linear(layer, w_layer)[layer_ids]                                                     # [sites, N, Q]
         b = F.linear(block, w_block)[block_ids]                                                     # [sites, N, Q]
-        site = l + b if z.dim() == 2 else (l + b)[:, None]                                          # for all images alike
+        site = l + b
+        if z.dim() == 3:                                                                            # one for all images
+            site = site[:, None]                                                                    # [sites, 1, N, Q]
         return self.norm(self.out(F.relu(z + site)))                                                # eq. (1), (8)
 
 
@@ -123,10 +127,13 @@ class HyperEmbedding(nn.Module):
         """task: its number; ids [sites] -> I [sites, N, E]."""
         return self.projector(self.task[task], self.layer, self.block, layer_ids, block_ids)
 
-    def of_images(self, features, layer_ids, block_ids):
-        """Grid features [B, N, V]; ids [sites] -> I^v [sites, B, N, E]."""
-        z = self.visual(features)                                                                   # eq. (7)  [B, N, Z]
-        z = z if self.per_position else z.mean(1, keepdim=True)             # the vector form has one position [C]
+    def embed_images(self, features):
+        """Grid features [B, N, V] -> z_v [B, N, Z]."""
+        z = self.visual(features)                                                                   # eq. (7)
+        return z if self.per_position else z.mean(1, keepdim=True)          # the vector form has one position [C]
+
+    def of_images(self, z, layer_ids, block_ids):
+        """z_v [B, N, Z]; ids [sites] -> I^v [sites, B, N, E]."""
         return self.visual_projector(z, self.layer, self.block, layer_ids, block_ids)
 
 
@@ -138,15 +145,16 @@ class PrefixHypernetwork(nn.Module):
     def __init__(self, config, heads, d_kv):
         super().__init__()
         self.shape = config.prefix_length, heads, d_kv
-        rows = 1 if config.per_position else config.prefix_length           # a vector I has to give all N rows at once
+        rows = 1 if config.per_position else config.prefix_length           # a vector I gives all N rows at once
         self.key = nn.Linear(config.hyper_dim, rows * heads * d_kv)         # W_k, c_k
         self.value = nn.Linear(config.hyper_dim, rows * heads * d_kv)       # W_v, c_v
 
     def forward(self, hyper):                                               # I [sites, N, E], of images [sites, B, N, E]
         keys = self.key(hyper)                                              # eq. (2): P_k  [sites, (B,) N, H*K]
-        values = self.value(hyper)                                          # eq. (2): P_v; vector form: [.., 1, N*H*K]
-        keys, values = (p.reshape(*hyper.shape[:-2], *self.shape) for p in (keys, values))      # in heads [.., N, H, K]
-        return keys.transpose(-3, -2), values.transpose(-3, -2)                                 # [sites, (B,) H, N, K]
+        values = self.value(hyper)                                          # eq. (2): P_v
+        # In heads; the vector form's [sites, (B,) 1, N*H*K] holds the same numbers.
+        keys, values = (p.reshape(*hyper.shape[:-2], *self.shape) for p in (keys, values))          # [sites, (B,) N, H, K]
+        return keys.transpose(-3, -2), values.transpose(-3, -2)                                     # [sites, (B,) H, N, K]
 
 
 class AdapterHypernetwork(nn.Module):
@@ -159,70 +167,37 @@ class AdapterHypernetwork(nn.Module):
         self.down_bias = nn.Linear(config.hyper_dim, config.bottleneck)
         self.up = nn.Linear(config.hyper_dim, d_model * config.bottleneck)
         self.up_bias = nn.Linear(config.hyper_dim, d_model)
-        self.scale = nn.Parameter(torch.tensor(config.adapter_scale))       # lambda
+        self.scale = nn.Parameter(torch.tensor(config.adapter_scale))       # lambda, trained [R]
 
     def forward(self, hyper):                                               # I [sites, N, E], of images [sites, B, N, E]
         mean = hyper.mean(-2)                                               # [sites, (B,) E]; mean over positions: [C]
         down = self.down(mean).unflatten(-1, (self.bottleneck, self.d_model))       # eq. (4): W_down  [sites, (B,) R, D]
+        down_bias = self.down_bias(mean)                                            # eq. (4): b_down  [sites, (B,) R]
         up = self.up(mean).unflatten(-1, (self.d_model, self.bottleneck))           # eq. (4): W_up    [sites, (B,) D, R]
+        up_bias = self.up_bias(mean)                                                # eq. (4): b_up    [sites, (B,) D]
         # lambda A(u) = (lambda W_up) ReLU(...) + lambda b_up: scaling the small tensors spares one pass over [B, S, D].
-        down_bias, up_bias = self.down_bias(mean), self.up_bias(mean)               # eq. (4): b_down, b_up    [sites, (B,) R], [.., D]
         return down, down_bias, self.scale * up, self.scale * up_bias               # lambda of eq. (6), (10)
-
-
-# ------------------------------------------------------------------- without a hypernetwork: the baselines, eq. (11)
-
-class LearnedWeights(nn.Module):
-    """The weights of all sites, trained themselves: what the hypernetworks give, in the same shapes, for each task apart."""
-
-    def __init__(self, config, t5_config, tasks, prefix_sites, adapter_sites):
-        super().__init__()
-        d_model, self.heads, self.adapters = t5_config.d_model, (t5_config.num_heads, t5_config.d_kv), len(adapter_sites)
-        self.layers = list(Counter(kind for kind, _ in prefix_sites).values())      # of each block type, in the order of the sites
-        if self.layers:                             # each block type has an embedding and a network of its own [X: prefix-tuning, MAM]
-            self.embedding = nn.Parameter(torch.randn(tasks, len(self.layers), config.prefix_length, d_model))          # E_tau
-            self.hidden = nn.ModuleList(nn.Linear(d_model, config.reparam_dim) for _ in self.layers)                    # W_a, c_a
-            self.out = nn.ModuleList(nn.Linear(config.reparam_dim, count * 2 * math.prod(self.heads)) for count in self.layers)
-        if self.adapters:
-            shape = tasks, self.adapters
-            self.down = nn.Parameter((2 * torch.rand(*shape, config.bottleneck, d_model) - 1) * d_model**-0.5)          # as nn.Linear
-            self.down_bias = nn.Parameter(torch.zeros(*shape, config.bottleneck))
-            self.up = nn.Parameter(torch.zeros(*shape, d_model, config.bottleneck))             # a no-op at first, as in `initialise`
-            self.up_bias = nn.Parameter(torch.zeros(*shape, d_model))
-            self.scale = nn.Parameter(torch.ones(()))                                           # lambda: 1 here [X: MAM]
-
-    def forward(self, number):
-        """Number of a task -> P_k, P_v [sites, H, N, K]; (W_down [sites, R, D], b_down [sites, R], lambda W_up, lambda b_up);
-        () where there are no such sites."""
-        prefixes, adapters = [], ()
-        if self.layers:
-            for embedding, hidden, out, count in zip(self.embedding[number], self.hidden, self.out, self.layers):
-                p = out(torch.tanh(hidden(embedding)))                      # eq. (11): [N, layers*2*H*K]
-                prefixes.append(p.unflatten(1, (count, 2, *self.heads)).permute(2, 1, 3, 0, 4))             # [2, layers, H, N, K]
-            prefixes = torch.cat(prefixes, 1).unbind()
-        if self.adapters:
-            adapters = self.down[number], self.down_bias[number], self.scale * self.up[number], self.scale * self.up_bias[number]
-        return prefixes, adapters
 
 
 # ------------------------------------------------------- injection, at the seams of t5.py: eq. (3), (5), (6), (9), (10)
 # Each holds its parts: the task's, which all rows of a batch share, and for an image task the images', with a batch axis.
 
 class Prefix:
-    names = "key", "value"
+    names = "key", "value"                                                  # of a part's tensors, in an exported file
 
     def __init__(self, *parts):                                             # (P_k, P_v) [H, N, K]; images [B, H, N, K]
         self.parts, self.length = parts, sum(keys.size(-2) for keys, _ in parts)
 
     def __call__(self, k, v):                                               # x W_K, x W_V, in heads [B, H, S, K]
-        p_k, p_v = ([p.expand(len(k), -1, -1, -1) for p in part] for part in zip(*self.parts))
+        p_k = [keys.expand(len(k), -1, -1, -1) for keys, _ in self.parts]   # the task's serve every row of the batch
+        p_v = [values.expand(len(v), -1, -1, -1) for _, values in self.parts]
         return torch.cat([*p_k, k], 2), torch.cat([*p_v, v], 2)             # eq. (3), (9): [B, H, N+S, K]
 
 
 class Adapter:
     names = "down", "down_bias", "up", "up_bias"
 
-    def __init__(self, *parts):                                             # (W_down, b_down, W_up, b_up)
+    def __init__(self, *parts):                                             # (W_down, b_down, lambda W_up, lambda b_up)
         self.parts = parts                                                  # [R, D], [R], [D, R], [D]; images [B, R, D] ...
 
     def __call__(self, u):                                                  # [B, S, D]; t5.py adds it to FFN(u): eq. (6)
@@ -232,24 +207,10 @@ class Adapter:
     def adapt(u, down, down_bias, up, up_bias):
         if down.dim() == 2:
             return F.linear(F.relu(F.linear(u, down, down_bias)), up, up_bias)                      # eq. (5)
-        x = u.reshape(len(down), -1, u.size(-1))                            # the beams of an image share its weights
-        x = F.relu(torch.baddbmm(down_bias[:, None], x, down.transpose(1, 2)))                      # [B, S, R]
+        # Each image has an adapter of its own. Beam search repeats its row: the beams go side by side through it.
+        x = u.reshape(len(down), -1, u.size(-1))                                                    # [B, beams*S, D]
+        x = F.relu(torch.baddbmm(down_bias[:, None], x, down.transpose(1, 2)))                      # [B, beams*S, R]
         return torch.baddbmm(up_bias[:, None], x, up.transpose(1, 2)).view_as(u)                    # eq. (5), an image each
-
-
-def pack_sites(sites):
-    """A task's sites -> {name: tensor}, such as "encoder FFN.3.up_bias"."""
-    return {f"{kind}.{layer}.{name}": tensor for (kind, layer), site in sites.items() for name, tensor in zip(site.names, *site.parts)}
-
-
-def unpack_sites(tensors, dtype):
-    """{name: tensor} -> the sites that pack_sites had, in `dtype`."""
-    sites = {}
-    for cls in (Prefix, Adapter):
-        for kind, layer, name in (name.split(".") for name in tensors):
-            if name == cls.names[0]:
-                sites[kind, int(layer)] = cls([tensors[f"{kind}.{layer}.{name}"].to(dtype) for name in cls.names])
-    return sites
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
@@ -267,37 +228,46 @@ class HyperPELT(nn.Module):
             raise UserError(f"method {config.method!r} is unknown; the known ones are {', '.join(METHODS)}")
         if config.method == "hyperformer":
             config = replace(config, per_position=False, hyper_norm=True)
+        if unknown := set(config.prefix_blocks) - {ENCODER_SELF, DECODER_SELF, DECODER_CROSS}:
+            raise UserError(f"prefix_blocks: found {', '.join(map(str, unknown))}, expected {ENCODER_SELF}, {DECODER_SELF} or {DECODER_CROSS}")
         self.t5, self.tasks, self.config = t5, list(tasks), config
         self.has_prefix, self.has_adapter, source = METHODS[config.method]
-        visual_prefix, visual_adapter, tokens = VISION[config.vision] if config.visual_width else (False,) * 3
+        visual_prefix, visual_adapter, tokens = VISION[config.vision] if config.visual_width else (False, False, False)
         generated = source == "hypernetworks"
         self.visual_prefix = generated and self.has_prefix and visual_prefix
         self.visual_adapter = generated and self.has_adapter and visual_adapter
         if config.visual_width and not (self.visual_prefix or self.visual_adapter or tokens):
             raise UserError(f"method {config.method} with vision {config.vision} lets no image in; vision tokens does")
         self.freeze(config.method == "full", dtype)
-        encoder, decoder, c = len(t5.encoder.blocks), len(t5.decoder.blocks), t5.config
-        # The sites, in one order. A layer's id is its place in encoder, then decoder [C: the two counted apart].
-        every = [(kind, i) for kind in BLOCK_TYPES for i in range(encoder if kind.startswith("encoder") else decoder)]
-        self.prefix_sites = [site for site in every if self.has_prefix and site[0] in config.prefix_blocks]
-        self.adapter_sites = [site for site in every if self.has_adapter and site[0].endswith("FFN")]
+
+        # The sites, in one order: attentions, then feed-forward blocks. A layer's id is its place in encoder, then decoder [C: apart].
+        d_model, heads, d_kv = t5.config.d_model, t5.config.num_heads, t5.config.d_kv
+        encoder_layers, decoder_layers = len(t5.encoder.blocks), len(t5.decoder.blocks)
+        all_sites = [(kind, i) for kind in BLOCK_TYPES for i in range(encoder_layers if kind.startswith("encoder") else decoder_layers)]
+        self.prefix_sites = [site for site in all_sites if self.has_prefix and site[0] in config.prefix_blocks]
+        self.adapter_sites = [site for site in all_sites if self.has_adapter and site[0].endswith("FFN")]
         sites = self.prefix_sites + self.adapter_sites
-        layer_ids = [i if kind.startswith("encoder") else encoder + i for kind, i in sites]
+        layer_ids = [i if kind.startswith("encoder") else encoder_layers + i for kind, i in sites]
         block_ids = [BLOCK_TYPES.index(kind) for kind, _ in sites]
         self.register_buffer("layer_ids", torch.tensor(layer_ids, dtype=torch.long), persistent=False)
         self.register_buffer("block_ids", torch.tensor(block_ids, dtype=torch.long), persistent=False)
-        self.learned = LearnedWeights(config, c, len(self.tasks), self.prefix_sites, self.adapter_sites) if source == "learned" else None
+
+        self.learned = self.image_tokens = None
+        if source == "learned":
+            self.learned = LearnedWeights(config, t5.config, len(self.tasks), self.prefix_sites, self.adapter_sites)
         if generated:
-            self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder + decoder, self.visual_prefix or self.visual_adapter)
+            images = self.visual_prefix or self.visual_adapter
+            self.hyper_embedding = HyperEmbedding(config, len(self.tasks), encoder_layers + decoder_layers, images)
         if generated and self.has_prefix:
-            self.prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)
+            self.prefix_hypernetwork = PrefixHypernetwork(config, heads, d_kv)
         if generated and self.has_adapter:
-            self.adapter_hypernetwork = AdapterHypernetwork(config, c.d_model)
+            self.adapter_hypernetwork = AdapterHypernetwork(config, d_model)
         if self.visual_prefix:
-            self.visual_prefix_hypernetwork = PrefixHypernetwork(config, c.num_heads, c.d_kv)
+            self.visual_prefix_hypernetwork = PrefixHypernetwork(config, heads, d_kv)
         if self.visual_adapter:
-            self.visual_adapter_hypernetwork = AdapterHypernetwork(config, c.d_model)
-        self.image_tokens = nn.Linear(config.visual_width, c.d_model) if tokens else None
+            self.visual_adapter_hypernetwork = AdapterHypernetwork(config, d_model)
+        if tokens:
+            self.image_tokens = nn.Linear(config.visual_width, d_model)
         self.initialise()
 
     def freeze(self, train_backbone, dtype):
@@ -343,9 +313,10 @@ class HyperPELT(nn.Module):
         """
         if not self.prefix_sites + self.adapter_sites:
             return {}
-        prefixes, adapters = (self.learned or self.generate_weights)(self.tasks.index(task))
-        return ({site: Prefix(part) for site, part in self.by_site(self.prefix_sites, prefixes)}
-                | {site: Adapter(part) for site, part in self.by_site(self.adapter_sites, adapters)})
+        make = self.generate_weights if self.learned is None else self.learned
+        prefixes, adapters = make(self.tasks.index(task))
+        sites = {site: Prefix(part) for site, part in self.by_site(self.prefix_sites, prefixes)}
+        return sites | {site: Adapter(part) for site, part in self.by_site(self.adapter_sites, adapters)}
 
     def generate_weights(self, number):
         """Number of a task -> P_k, P_v of the prefix sites; the four tensors of the adapter sites; () where there are none."""
@@ -355,25 +326,25 @@ class HyperPELT(nn.Module):
                 self.adapter_hypernetwork(for_adapters) if self.has_adapter else ())
 
     def by_site(self, sites, tensors):
-        """Several [sites, ...] -> pairs of a site and its own slices of them, in the dtype of the backbone."""
-        return zip(sites, zip(*(t.to(self.t5.dtype).unbind() for t in tensors)))
+        """Several [sites, ...] -> for each site the pair (site, its own slices of them), in the dtype of the backbone."""
+        slices = [tensor.to(self.t5.dtype).unbind() for tensor in tensors]
+        return zip(sites, zip(*slices))
 
     def add_images(self, sites, features):
         """A task's sites and a batch's grid features [B, N, V] -> the sites with the images' own parts. Leaves `sites` alone.
 
         Here each image has weights of its own, so the products are as large as the backbone's and run in its dtype.
         """
-        prefixes, sites = len(self.prefix_sites), dict(sites)
+        sites, first_adapter = dict(sites), len(self.prefix_sites)          # adapter sites come after the prefix sites
         with torch.autocast(features.device.type, self.t5.dtype, enabled=self.t5.dtype != torch.float32):
-            # Only those sites are made that the images have a hypernetwork for.
-            start, end = 0 if self.visual_prefix else prefixes, len(self.layer_ids) if self.visual_adapter else prefixes
-            hyper = self.hyper_embedding.of_images(features, self.layer_ids[start:end], self.block_ids[start:end])
-            for_prefixes, for_adapters = hyper.tensor_split([prefixes - start])                     # [sites, B, N, E]
+            z = self.hyper_embedding.embed_images(features)                                         # [B, N, Z]
             if self.visual_prefix:
-                for site, part in self.by_site(self.prefix_sites, self.visual_prefix_hypernetwork(for_prefixes)):
+                hyper = self.hyper_embedding.of_images(z, self.layer_ids[:first_adapter], self.block_ids[:first_adapter])
+                for site, part in self.by_site(self.prefix_sites, self.visual_prefix_hypernetwork(hyper)):
                     sites[site] = Prefix(*sites[site].parts, part)          # eq. (9)
             if self.visual_adapter:
-                for site, part in self.by_site(self.adapter_sites, self.visual_adapter_hypernetwork(for_adapters)):
+                hyper = self.hyper_embedding.of_images(z, self.layer_ids[first_adapter:], self.block_ids[first_adapter:])
+                for site, part in self.by_site(self.adapter_sites, self.visual_adapter_hypernetwork(hyper)):
                     sites[site] = Adapter(*sites[site].parts, part)         # eq. (10)
         return sites
 
@@ -392,9 +363,48 @@ class HyperPELT(nn.Module):
         return dict(sites=self.add_images(sites, features))
 
     def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0, features=None):
-        """A batch of one task; features [B, N, V] if it comes with images -> logits [B, T, V], loss."""
+        """A batch of one task; features [B, N, V] if it comes with images -> logits [B, T, vocabulary], loss."""
         injected = self.inject(self.generate_sites(task), features)
         return self.t5(input_ids, attention_mask, labels, label_smoothing=label_smoothing, **injected)
+
+
+# ------------------------------------------------------------------- without a hypernetwork: the baselines, eq. (11)
+
+class LearnedWeights(nn.Module):
+    """The weights of all sites, trained themselves: what the hypernetworks give, in the same shapes, for each task apart."""
+
+    def __init__(self, config, t5_config, tasks, prefix_sites, adapter_sites):
+        super().__init__()
+        d_model, self.head_shape = t5_config.d_model, (t5_config.num_heads, t5_config.d_kv)                             # (H, K)
+        self.layer_counts = list(Counter(kind for kind, _ in prefix_sites).values())        # of each block type with prefixes
+        self.has_adapters = bool(adapter_sites)
+        if self.layer_counts:                       # each block type has an embedding and a network of its own [X: prefix-tuning, MAM]
+            types, width = len(self.layer_counts), 2 * math.prod(self.head_shape)
+            self.embedding = nn.Parameter(torch.randn(tasks, types, config.prefix_length, d_model))                     # E_tau
+            self.hidden = nn.ModuleList(nn.Linear(d_model, config.reparam_dim) for _ in range(types))                   # W_a, c_a
+            self.out = nn.ModuleList(nn.Linear(config.reparam_dim, layers * width) for layers in self.layer_counts)     # W_b, c_b
+        if self.has_adapters:
+            shape = tasks, len(adapter_sites)
+            self.down = nn.Parameter((2 * torch.rand(*shape, config.bottleneck, d_model) - 1) * d_model**-0.5)          # as nn.Linear
+            self.down_bias = nn.Parameter(torch.zeros(*shape, config.bottleneck))
+            self.up = nn.Parameter(torch.zeros(*shape, d_model, config.bottleneck))         # a no-op at first, as in `initialise`
+            self.up_bias = nn.Parameter(torch.zeros(*shape, d_model))
+            self.scale = nn.Parameter(torch.ones(()))                                       # lambda: 1 here [X: MAM]
+
+    def forward(self, number):
+        """Number of a task -> P_k, P_v [sites, H, N, K]; (W_down [sites, R, D], b_down [sites, R], lambda W_up, lambda b_up);
+        () where there are no such sites."""
+        prefixes, adapters = [], ()
+        if self.layer_counts:
+            for embedding, hidden, out, layers in zip(self.embedding[number], self.hidden, self.out, self.layer_counts):
+                p = out(torch.tanh(hidden(embedding)))                      # eq. (11): [N, layers*2*H*K]
+                p = p.unflatten(1, (layers, 2, *self.head_shape))           # [N, layers, 2, H, K]
+                prefixes.append(p.permute(2, 1, 3, 0, 4))                   # [2, layers, H, N, K]
+            prefixes = torch.cat(prefixes, 1).unbind()                      # P_k, P_v of all block types
+        if self.has_adapters:
+            up, up_bias = self.scale * self.up[number], self.scale * self.up_bias[number]
+            adapters = self.down[number], self.down_bias[number], up, up_bias
+        return prefixes, adapters
 
 
 # ------------------------------------------------------------------------------- what is trained: the paper's appendix B

@@ -10,7 +10,7 @@ Both are looked up in `sites`, a dict from (block type, layer) to a callable; wi
     2. Block.forward: adapter(u) is a term beside FFN(u), both fed by the same normed input u.
 
 Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated feed-forward of v1.1); tensor names as in public checkpoints.
-Shapes: B batch, S source length, T target length, N prefix length, D d_model, H heads, K d_kv, F d_ff, V vocabulary.
+Shapes: B batch, S source length, T target length, N prefix length, D d_model, H heads, K d_kv, F d_ff; the vocabulary is spelled out.
 """
 import json
 import math
@@ -119,12 +119,12 @@ class Tokenizer:
     def from_pretrained(cls, name_or_folder):
         return cls(find_checkpoint(name_or_folder) / "spiece.model")
 
-    def encode(self, text, max_length=None):
-        """str -> list of ids that always ends with eos, also when cut to max_length ids."""
+    def encode(self, text):
+        """str -> list of ids that ends with eos."""
         ids = []
         for i, part in enumerate(re.split(r"\s*<extra_id_(\d\d?)>", text)):  # odd parts are the sentinels' numbers
             ids += [self.first_sentinel - int(part)] if i % 2 else self.pieces.encode(part)
-        return ids[:max_length and max_length - 1] + [1]
+        return ids + [1]
 
     def decode(self, ids):
         """Ids (with or without pad and eos) -> str."""
@@ -159,8 +159,9 @@ class RMSNorm(nn.Module):
         self.epsilon = config.layer_norm_epsilon
 
     def forward(self, x):                                                    # [B, S, D]; no mean, no bias
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)
-        return x * torch.rsqrt(square + self.epsilon).to(x.dtype) * self.weight.to(x.dtype)
+        # The mean square in float32 by way of a norm, which reads x as it is: .float() would write a copy of it first.
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)     # [B, S, 1]
+        return x * torch.rsqrt(mean_square + self.epsilon).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Dropout(nn.Module):
@@ -192,17 +193,19 @@ class Attention(nn.Module):
     def split(self, x):                                                      # [B, S, H*K] -> [B, H, S, K]
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def keys_values(self, memory, prefix=None):                              # [B, S, D]
-        k, v = self.split(self.k(memory)), self.split(self.v(memory))        # [B, H, S, K]
+    def keys_values(self, source, prefix=None):                              # [B, S, D]: what is looked at, its own input or the memory
+        k, v = self.split(self.k(source)), self.split(self.v(source))        # [B, H, S, K]
         if prefix is not None:                                               # seam 1: more keys and values in front
             k, v = prefix(k, v)                                              # [B, H, N+S, K]
         return k, v
 
-    def forward(self, u, k, v, mask):                                        # [B, T, D], mask [B or 1, H or 1, T or 1, N+S]
+    def forward(self, u, k, v, mask):
+        """u [B, T, D]; k, v [B, H, N+S, K]; mask, added to the scores, [B or 1, H or 1, T or 1, N+S] -> [B, T, D]."""
         q = self.split(self.q(u))                                            # [B, H, T, K]
-        if u.device.type == "cpu":                       # as the other branch; its kernels for a CPU are slower, without dropout
+        # Both branches are softmax(q k^T + mask) v: T5 does not divide scores by sqrt(K). Written out it is faster on a CPU.
+        if u.device.type == "cpu":
             y = self.dropout(torch.softmax(q @ k.transpose(2, 3) + mask, -1)) @ v
-        else:                                            # T5 does not divide scores by sqrt(K): hence scale=1
+        else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0,
                                                dropout_p=self.dropout.rate if self.training else 0.0)
         return self.o(y.transpose(1, 2).flatten(2))                          # [B, T, D]
@@ -237,7 +240,8 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, mask, prefix, adapter, memory=None, memory_mask=None, memory_prefix=None, cache=None):
-        """x [B, T, D], memory (decoder only) [B, S, D] -> [B, T, D]. cache: this block's keys and values of earlier steps."""
+        """x [B, T, D], memory (decoder only) [B, S, D] -> [B, T, D]. Masks as in Attention; prefix and adapter: of this block's
+        sites, or None; cache: this block's keys and values of earlier steps."""
         cache = {} if cache is None else cache
         u = self.self_norm(x)
         earlier = cache.get("self")
@@ -253,8 +257,8 @@ class Block(nn.Module):
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), *cache["cross"], memory_mask))
         u = self.ffn_norm(x)
         y = self.ffn(u)
-        if adapter is not None:                                              # seam 2: a term beside the FFN, scaled already:
-            y = y + adapter(u)                                               # eq. (6), (10) of hyperpelt.py
+        if adapter is not None:                                              # seam 2: a term beside the FFN. x + FFN(u) + lambda A(u)
+            y = y + adapter(u)                                               # is eq. (6) of hyperpelt.py, or (10); lambda is in adapter
         return x + self.dropout(y)
 
 
@@ -284,8 +288,9 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config)
         self.dropout = Dropout(config.dropout_rate)
 
-    def self_mask(self, length, past, padding, prefix, dtype):
-        """Additive mask of all self-attentions: position bias, padding, causality; 0 over the N prefix columns."""
+    def self_mask(self, length, past, padding, prefix_length, dtype):
+        """Additive mask of all self-attentions: position bias, padding, causality; 0 over the N prefix columns. For `length` new
+        tokens, T, after `past` ones that are in the cache."""
         keys = torch.arange(past + length, device=self.norm.weight.device)
         distance = keys - keys[past:, None]                                  # [T, past+T]
         bucket = relative_bucket(distance, not self.is_decoder, self.config.relative_attention_num_buckets,
@@ -293,8 +298,8 @@ class Stack(nn.Module):
         mask = F.embedding(bucket, self.relative_bias.weight).permute(2, 0, 1)[None]    # [1, H, T, past+T]
         if self.is_decoder:
             mask = mask + MASKED * (distance > 0)
-        mask = F.pad(mask, (prefix.length if prefix else 0, 0)).to(dtype)    # [1, H, T, N+past+T]
-        return mask if padding is None else mask + padding_mask(padding, prefix, dtype)
+        mask = F.pad(mask, (prefix_length, 0)).to(dtype)                     # [1, H, T, N+past+T]
+        return mask if padding is None else mask + padding_mask(padding, prefix_length, dtype)
 
     def forward(self, x, padding=None, memory=None, memory_padding=None, sites=None, caches=None):
         """x [B, T, D], padding and memory_padding [B, S] (1 real, 0 padding), memory [B, S, D] -> [B, T, D].
@@ -303,11 +308,13 @@ class Stack(nn.Module):
         """
         sites = sites or {}
         self_type, ffn_type = (DECODER_SELF, DECODER_FFN) if self.is_decoder else (ENCODER_SELF, ENCODER_FFN)
-        past = 0                                                             # prefixes of a block type are of one length: layer 0's
+        # The prefixes of a block type are of one length, so that one mask serves all layers.
+        n, memory_n = (sites[kind, 0].length if (kind, 0) in sites else 0 for kind in (self_type, DECODER_CROSS))
+        past = 0
         if caches is not None and "self" in caches[0]:
-            past = caches[0]["self"][0].size(2) - (sites[self_type, 0].length if (self_type, 0) in sites else 0)
-        mask = self.self_mask(x.size(1), past, padding, sites.get((self_type, 0)), x.dtype)
-        memory_mask = None if memory is None else padding_mask(memory_padding, sites.get((DECODER_CROSS, 0)), x.dtype)
+            past = caches[0]["self"][0].size(2) - n
+        mask = self.self_mask(x.size(1), past, padding, n, x.dtype)
+        memory_mask = None if memory is None else padding_mask(memory_padding, memory_n, x.dtype)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             x = block(x, mask, sites.get((self_type, i)), sites.get((ffn_type, i)), memory, memory_mask,
@@ -315,9 +322,9 @@ class Stack(nn.Module):
         return self.dropout(self.norm(x))
 
 
-def padding_mask(real, prefix, dtype):
+def padding_mask(real, prefix_length, dtype):
     """[B, S] of 1 (real) and 0 (padding) -> additive [B, 1, 1, N+S]; the N columns of a prefix are never masked."""
-    return F.pad((1 - real.to(dtype)) * MASKED, (prefix.length if prefix else 0, 0))[:, None, None]
+    return F.pad((1 - real.to(dtype)) * MASKED, (prefix_length, 0))[:, None, None]
 
 
 class T5(nn.Module):
@@ -342,14 +349,14 @@ class T5(nn.Module):
         return self.encoder(x, attention_mask, sites=sites), attention_mask
 
     def decode(self, decoder_input_ids, memory, attention_mask, sites=None, caches=None):
-        """decoder_input_ids [B, T], memory [B, S, D] -> logits [B, T, V]. With caches: only the new tokens are given."""
+        """decoder_input_ids [B, T], memory [B, S, D] -> logits [B, T, vocabulary]. With caches: only the new tokens are given."""
         x = self.decoder(self.shared(decoder_input_ids).to(self.dtype), None, memory, attention_mask, sites, caches)
         if self.config.tie_word_embeddings:
             return F.linear(x * self.config.d_model**-0.5, self.shared.weight.to(x.dtype))
         return self.lm_head(x)
 
     def forward(self, input_ids, attention_mask, labels, sites=None, front=None, label_smoothing=0.0):
-        """input_ids, attention_mask (or None) [B, S], labels [B, T] (-100: no loss) -> logits [B, T, V], mean loss per token."""
+        """input_ids, attention_mask (or None) [B, S], labels [B, T] (-100: no loss) -> logits [B, T, vocabulary], mean loss per token."""
         shifted = F.pad(labels, (1, -1), value=self.config.pad_token_id)     # the decoder starts from pad
         shifted = shifted.masked_fill(shifted == -100, self.config.pad_token_id)
         logits = self.decode(shifted, *self.encode(input_ids, attention_mask, sites, front), sites)
@@ -365,7 +372,7 @@ class T5(nn.Module):
         memory, attention_mask = self.encode(input_ids, attention_mask, sites, front)
         caches = [{} for _ in self.decoder.blocks]
         start = torch.full_like(input_ids[:, :1], self.config.pad_token_id)
-        logits = self.decode(start, memory, attention_mask, sites, caches)[:, -1].float()      # [B, V]
+        logits = self.decode(start, memory, attention_mask, sites, caches)[:, -1].float()      # [B, vocabulary]
         if num_beams > 1:
             return self.beam_search(logits, memory, attention_mask, max_new_tokens, num_beams, sites, caches)
         output, done = [], torch.zeros_like(start, dtype=torch.bool)
@@ -388,7 +395,7 @@ class T5(nn.Module):
         score = logits.new_zeros(batch, 1)                                                     # [B, beams]
         finished = torch.full((batch, beams, max_new_tokens), self.config.pad_token_id, device=logits.device)
         finished_score = torch.full((batch, beams), -1e9, device=logits.device)
-        settled = torch.zeros(batch, 1, dtype=torch.bool, device=logits.device)
+        settled = torch.zeros(batch, 1, dtype=torch.bool, device=logits.device)                # of each row: nothing better can come
         memory, attention_mask = (t.repeat_interleave(beams, 0) for t in (memory, attention_mask))
         for length in range(1, max_new_tokens + 1):
             total = score[:, :, None] + logits.float().log_softmax(-1).view(batch, -1, vocabulary)
@@ -406,7 +413,8 @@ class T5(nn.Module):
             settled |= score[:, :1] / length <= finished_score[:, -1:]
             if settled.all() or length == max_new_tokens:
                 break
-            # A beam takes its parent's cache along; the cross-attention's is the same for all beams of a row.
+            # A beam takes its parent's cache along; the cross-attention's is the same for all beams of a row. After the first token
+            # the caches still have one line for each row, later one for each beam.
             order = (rows * (beams if length > 1 else 1) + parent).flatten()
             for cache in caches:
                 cache["self"] = tuple(t[order] for t in cache["self"])
@@ -419,7 +427,7 @@ class T5(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """A folder with config.json and model.safetensors (or its shards and index), or a public name -> float32 T5.
+        """A folder with config.json and model.safetensors (or its shards and index), or a public name -> float32 T5, in eval mode.
 
         Raises UserError for a missing or damaged file, and for every missing, unknown or misshapen tensor.
         """
@@ -434,7 +442,7 @@ class T5(nn.Module):
             if copy in found and not torch.equal(found[copy], found["shared.weight"]):
                 raise UserError(f"{folder}: tensor {copy} differs from shared.weight, but config.json says that they are one")
         model.load_state_dict({name: found[public_name(name)].float() for name in model.state_dict()}, assign=True)
-        return model
+        return model.eval()
 
 
 # ours -> the name in public checkpoints

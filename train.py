@@ -43,7 +43,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from clip_features import load_features
-from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig, deployed, pack_sites, unpack_sites
+from hyperpelt import METHODS, VISION, Adapter, HyperPELT, HyperPELTConfig, Prefix, deployed
 from t5 import T5, Tokenizer, public_name
 from torch.nn.parallel import DistributedDataParallel
 
@@ -564,7 +564,8 @@ def export(model, tasks, mark, settings):
                         f" whose weights differ from image to image: {', '.join(task for task in tasks if task not in data.IMAGE_TASKS)}")
     model.t5.dtype = torch.float32                                           # as they are generated, not as a bf16 run uses them
     with torch.no_grad():
-        tensors = pack_sites(model.generate_sites(name))
+        sites = model.generate_sites(name)
+    tensors = {f"{kind}.{layer}.{part}": tensor for (kind, layer), site in sites.items() for part, tensor in zip(site.names, *site.parts)}
     tensors |= {public_name(key.removeprefix("t5.")): p for key, p in model.trained().items() if key.startswith("t5.")}
     save_tensors(Path(settings.export), tensors, dict(task=name, method=settings.method, backbone=mark))
     print(f"{settings.export}: {name}, {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} deployed parameters (float32)")
@@ -579,7 +580,12 @@ def load_exported(path, t5):
             metadata, tensors = json.loads((file.metadata() or {})["hyperpelt"]), {name: file.get_tensor(name) for name in file.keys()}
         if metadata["backbone"] != backbone_mark(t5):
             raise UserError(f"{path}: was made for another T5: found {metadata['backbone']}, this one is {backbone_mark(t5)}")
-        sites = unpack_sites({name: tensor for name, tensor in tensors.items() if name not in own}, t5.dtype)
+        sites = {}
+        for name in tensors.keys() - own.keys():
+            kind, layer, part = name.split(".")
+            for cls in (Prefix, Adapter):
+                if part == cls.names[0]:
+                    sites[kind, int(layer)] = cls([tensors[f"{kind}.{layer}.{part}"].to(t5.dtype) for part in cls.names])
         with torch.no_grad():
             for name in own.keys() & tensors.keys():
                 own[name].copy_(tensors[name])

@@ -294,15 +294,14 @@ def test_learned_adapters_act_as_generated_ones(tmp_path):
 def test_prefix_leaves_bias_and_mask_alone(tmp_path):
     """Real keys keep their bias, N columns of 0 stand in front, for padded rows and later steps too."""
     stack = make(tmp_path).t5.decoder
-    prefix = Prefix((torch.zeros(3, 5, 16), torch.zeros(3, 5, 16)))
     for module in (stack, make(tmp_path).t5.encoder):
         padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-        plain, extended = (module.self_mask(4, 0, padding, p, torch.float32) for p in (None, prefix))
+        plain, extended = (module.self_mask(4, 0, padding, n, torch.float32) for n in (0, 5))
         assert torch.equal(extended[..., 5:], plain) and (extended[..., :5] == 0).all()
         assert (plain[1, :, :, 2:] < -1e8).all()
-    later = stack.self_mask(1, 3, None, prefix, torch.float32)   # the query at step 3 has position 3
-    assert torch.equal(later[..., 5:], stack.self_mask(4, 0, None, None, torch.float32)[:, :, 3:])
-    assert torch.equal(t5_module.padding_mask(torch.tensor([[1, 0]]), prefix, torch.float32)[0, 0, 0, :6], torch.zeros(6))
+    later = stack.self_mask(1, 3, None, 5, torch.float32)   # the query at step 3 has position 3
+    assert torch.equal(later[..., 5:], stack.self_mask(4, 0, None, 0, torch.float32)[:, :, 3:])
+    assert torch.equal(t5_module.padding_mask(torch.tensor([[1, 0]]), 5, torch.float32)[0, 0, 0, :6], torch.zeros(6))
 
 
 def test_masked_prefix_is_the_plain_model(tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ def test_written_out_attention_equals_sdpa(tmp_path):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", lambda *args, **named: called.append(1) or kernel(*args, **named))
         k, v = attention.keys_values(u)
-        mask = stack.self_mask(11, 0, padding, None, torch.float32)
+        mask = stack.self_mask(11, 0, padding, 0, torch.float32)
         written_out = attention(u, k, v, mask)
         assert not called
         by_kernel = attention(u.as_subclass(Elsewhere), k, v, mask)
@@ -249,12 +249,11 @@ def test_tokenizer_equals_transformers(flan):
     assert ours.decode([32127]) == ""                            # a row of the embedding that stands for nothing
 
 
-def test_eos_survives_truncation(vocabulary):
-    tokenizer = Tokenizer(vocabulary)
-    text = "the cat sees the dog and the bird"
-    for length in (1, 2, 5, 100):
-        ids = tokenizer.encode(text, length)
-        assert len(ids) <= length and ids[-1] == 1 and ids[:-1] == tokenizer.encode(text)[:len(ids) - 1]
+def test_a_loaded_model_does_not_drop_out(checkpoint):
+    """Ready to generate, as in the example at the top of t5.py: the same logits twice."""
+    model, ids = T5.from_pretrained(checkpoint), torch.arange(2, 12)[None]
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(ids, None, ids)[0], model(ids, None, ids)[0])
 
 
 def test_wrong_tokenizer_files(tmp_path):
