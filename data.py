@@ -4,10 +4,15 @@
     python data.py --task rte --data-dir glue --download     # fetch the official files first
     python data.py --task vqa --data-dir vl                  # vl/VQAv2 holds the official files
 
+    splits = make_splits(TASKS["rte"], "glue")                 # {"train": [Example, ...], "validation": ..., "test": ...}
+    rows = encode_examples(splits["train"], tokenizer.encode, 128)                  # ids, made once
+    score(TASKS["rte"], texts, splits["validation"])           # generated texts -> {"accuracy": 0.71}
+
 A row of a file becomes an Example: `source` text (task name, then the fields), `target` text (a label word), `gold`.
-Formats: T5's own (Raffel et al. 2020, appendix D), since public T5 checkpoints have seen them. Splits: see `make_splits`.
-The order of the file: GLUE and other text tasks, metrics, image tasks; then what all files share: reading, downloads, safe writing,
-the command line. A first reading can stop there.
+Formats: T5's own (Raffel et al. 2020, appendix D) [X], since public T5 checkpoints have seen them. Splits: see `make_splits`.
+Marks: [P] printed in the paper, [D] derived, [X] borrowed from earlier work's code, [R] reconstructed, [C] our choice.
+The order of the file: text tasks, their files and splits; batches; metrics; image tasks. Then, under "files", what this and the other
+programs use to read, write and fetch any file safely, and the command line: a first reading can stop where that begins.
 """
 import argparse
 import contextlib
@@ -46,59 +51,32 @@ class UserError(Exception):
 @dataclass
 class Task:
     name: str       # the first word of every source text
-    folder: str     # below the data folder
-    fields: dict    # name in the source text -> column of the file, in T5's (alphabetical) order
-    column: object  # of the label
+    folder: str     # of its files, below the data folder
+    fields: dict    # name in the source text -> column of the file (its name; its number where there is no header), in T5's (alphabetical) order
+    column: object  # the label's column
     labels: dict    # label in the file -> label word, the positive class second; empty: a score from 0 to 5
     metrics: tuple  # keys of METRICS below
-    rows: tuple = ()           # of the official train and validation files; of your own task: not needed
-    url: str = ""              # of a zip; "": the files are not downloaded
+    rows: tuple = ()           # how many the official train and validation files have; of your own task: not needed
+    url: str = ""              # a zip of the files; "": they are not downloaded
     files: dict = field(default_factory=lambda: dict(train="train.tsv", validation="dev.tsv", submission="test.tsv"))
     header: bool = True        # False: columns are counted from 0 (the unlabelled test file has a header even then)
     short_lines: bool = False  # True: the official file has a few rows with too few columns; they are left out
 
 
-GLUE_URL, SUPERGLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/", "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
-SENTENCES, ENTAILMENT = dict(sentence1="sentence1", sentence2="sentence2"), ("entailment", "not_entailment")
-words = lambda *labels: dict(zip(labels, labels))  # the file holds the label words themselves
-
-TASKS = {task.name: task for task in (
-    Task("cola", "CoLA", dict(sentence=3), 1, {"0": "unacceptable", "1": "acceptable"}, ("matthews",), (8551, 1043),
-         GLUE_URL + "CoLA.zip", header=False),
-    Task("sst2", "SST-2", dict(sentence="sentence"), "label", {"0": "negative", "1": "positive"}, ("accuracy",),
-         (67349, 872), GLUE_URL + "SST-2.zip"),
-    Task("mrpc", "MRPC", dict(sentence1="#1 String", sentence2="#2 String"), "Quality",
-         {"0": "not_equivalent", "1": "equivalent"}, ("accuracy", "f1"), (3668, 408)),
-    Task("qqp", "QQP", dict(question1="question1", question2="question2"), "is_duplicate",
-         {"0": "not_duplicate", "1": "duplicate"}, ("accuracy", "f1"), (363849, 40430), GLUE_URL + "QQP-clean.zip",
-         short_lines=True),
-    Task("stsb", "STS-B", SENTENCES, "score", {}, ("pearson", "spearman"), (5749, 1500), GLUE_URL + "STS-B.zip"),
-    Task("mnli", "MNLI", dict(hypothesis="sentence2", premise="sentence1"), "gold_label",
-         words("entailment", "neutral", "contradiction"), ("accuracy",), (392702, 9815), GLUE_URL + "MNLI.zip",
-         dict(train="train.tsv", validation="dev_matched.tsv", mismatched="dev_mismatched.tsv",
-              submission="test_matched.tsv", submission_mismatched="test_mismatched.tsv")),
-    Task("qnli", "QNLI", dict(question="question", sentence="sentence"), "label", words(*ENTAILMENT), ("accuracy",),
-         (104743, 5463), GLUE_URL + "QNLIv2.zip"),
-    Task("rte", "RTE", SENTENCES, "label", words(*ENTAILMENT), ("accuracy",), (2490, 277), GLUE_URL + "RTE.zip"),
-    Task("wnli", "WNLI", SENTENCES, "label", {"0": "not_entailment", "1": "entailment"}, ("accuracy",), (635, 71),
-         GLUE_URL + "WNLI.zip"),
-    # The paper's transfer tasks. The formats of the first two are T5's, of the other three our own [C].
-    Task("cb", "CB", dict(hypothesis="hypothesis", premise="premise"), "label", words("entailment", "contradiction", "neutral"),
-         ("accuracy",), (250, 56), SUPERGLUE_URL + "CB.zip", dict(train="train.jsonl", validation="val.jsonl")),
-    Task("boolq", "BoolQ", dict(passage="passage", question="question"), "label", {"false": "False", "true": "True"},
-         ("accuracy",), (9427, 3270), SUPERGLUE_URL + "BoolQ.zip", dict(train="train.jsonl", validation="val.jsonl")),
-    Task("imdb", "aclImdb", dict(sentence="text"), "label", {"neg": "negative", "pos": "positive"}, ("accuracy",),
-         (25000, 25000), files=dict(train="train", validation="test")),
-    Task("paws", "PAWS", SENTENCES, "label", {"0": "not_equivalent", "1": "equivalent"}, ("accuracy",), (49401, 8000),
-         files=dict(train="train.tsv", validation="dev.tsv", test="test.tsv")),
-    Task("trec", "TREC", dict(question="question"), "label", dict(ABBR="abbreviation", ENTY="entity", DESC="description", HUM="human",
-         LOC="location", NUM="number"), ("accuracy",), (5452, 500), files=dict(train="train_5500.label", validation="TREC_10.label")),
-)}
-GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]  # the paper's eight
-# MRPC comes from its own source; GLUE's dev set is a list of id pairs drawn from the training file.
-MRPC_FILES = {"msr_paraphrase_train.txt": "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt",
-              "msr_paraphrase_test.txt": "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_test.txt",
-              "mrpc_dev_ids.tsv": GLUE_URL + "mrpc_dev_ids.tsv"}
+@dataclass
+class ImageTask:
+    name: str          # chooses the keys of the results file
+    folder: str        # below the data folder or its vl/
+    files: tuple       # names by which a folder is known as the task's; the first, with another image set in it, names the other splits'
+    prompt: str        # the first part of every source text
+    read: object       # (task, folder, scheme) -> {split: [Example]}
+    metrics: tuple     # those that choose the best checkpoint
+    score: object      # (task, texts, examples) -> {metric: value}, may hold more than these
+    max_answer: int    # tokens of the longest answer [C]
+    beams: int         # of the search for it [captions: X: VL-T5, VL-Adapter]
+    results: str       # name of the file of predictions
+    labels: dict = field(default_factory=dict)  # label in the file -> label word
+    fields: tuple = ("question",)               # what stands in the source text after the prompt
 
 
 @dataclass
@@ -107,12 +85,58 @@ class Example:
     target: str     # "" where the file has no label
     gold: object    # label as the file writes it, or a float
     index: str      # the file's own row id where it has one, else the row's number from 0
-    image: object = None   # (image set, image id), two strings: ("train2014", "9")
+    image: object = None   # (image set, image id), two strings: ("train2014", "9"); its features are found by this pair
     targets: tuple = ()    # right answers, (text, weight): training draws one by weight, `target` is the likeliest; empty: `target` alone
 
     @property
     def source(self):
         return " ".join(self.parts)
+
+
+GLUE_URL, SUPERGLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/", "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
+SENTENCES = dict(sentence1="sentence1", sentence2="sentence2")
+words = lambda *labels: dict(zip(labels, labels))  # the file holds the label words themselves
+
+TASKS = {task.name: task for task in (
+    Task("cola", "CoLA", dict(sentence=3), column=1, labels={"0": "unacceptable", "1": "acceptable"},
+         metrics=("matthews",), rows=(8551, 1043), url=GLUE_URL + "CoLA.zip", header=False),
+    Task("sst2", "SST-2", dict(sentence="sentence"), column="label", labels={"0": "negative", "1": "positive"},
+         metrics=("accuracy",), rows=(67349, 872), url=GLUE_URL + "SST-2.zip"),
+    Task("mrpc", "MRPC", dict(sentence1="#1 String", sentence2="#2 String"), column="Quality",
+         labels={"0": "not_equivalent", "1": "equivalent"}, metrics=("accuracy", "f1"), rows=(3668, 408)),
+    Task("qqp", "QQP", dict(question1="question1", question2="question2"), column="is_duplicate",
+         labels={"0": "not_duplicate", "1": "duplicate"}, metrics=("accuracy", "f1"), rows=(363849, 40430),
+         url=GLUE_URL + "QQP-clean.zip", short_lines=True),
+    Task("stsb", "STS-B", SENTENCES, column="score", labels={},
+         metrics=("pearson", "spearman"), rows=(5749, 1500), url=GLUE_URL + "STS-B.zip"),
+    Task("mnli", "MNLI", dict(hypothesis="sentence2", premise="sentence1"), column="gold_label",
+         labels=words("entailment", "neutral", "contradiction"), metrics=("accuracy",), rows=(392702, 9815), url=GLUE_URL + "MNLI.zip",
+         files=dict(train="train.tsv", validation="dev_matched.tsv", mismatched="dev_mismatched.tsv",
+                    submission="test_matched.tsv", submission_mismatched="test_mismatched.tsv")),
+    Task("qnli", "QNLI", dict(question="question", sentence="sentence"), column="label", labels=words("entailment", "not_entailment"),
+         metrics=("accuracy",), rows=(104743, 5463), url=GLUE_URL + "QNLIv2.zip"),
+    Task("rte", "RTE", SENTENCES, column="label", labels=words("entailment", "not_entailment"),
+         metrics=("accuracy",), rows=(2490, 277), url=GLUE_URL + "RTE.zip"),
+    Task("wnli", "WNLI", SENTENCES, column="label", labels={"0": "not_entailment", "1": "entailment"},
+         metrics=("accuracy",), rows=(635, 71), url=GLUE_URL + "WNLI.zip"),
+    # The paper's transfer tasks [P; TREC second-hand]. The formats of the first two are T5's [X], of the other three our own [C].
+    Task("cb", "CB", dict(hypothesis="hypothesis", premise="premise"), column="label", labels=words("entailment", "contradiction", "neutral"),
+         metrics=("accuracy",), rows=(250, 56), url=SUPERGLUE_URL + "CB.zip", files=dict(train="train.jsonl", validation="val.jsonl")),
+    Task("boolq", "BoolQ", dict(passage="passage", question="question"), column="label", labels={"false": "False", "true": "True"},
+         metrics=("accuracy",), rows=(9427, 3270), url=SUPERGLUE_URL + "BoolQ.zip", files=dict(train="train.jsonl", validation="val.jsonl")),
+    Task("imdb", "aclImdb", dict(sentence="text"), column="label", labels={"neg": "negative", "pos": "positive"},
+         metrics=("accuracy",), rows=(25000, 25000), files=dict(train="train", validation="test")),
+    Task("paws", "PAWS", SENTENCES, column="label", labels={"0": "not_equivalent", "1": "equivalent"},
+         metrics=("accuracy",), rows=(49401, 8000), files=dict(train="train.tsv", validation="dev.tsv", test="test.tsv")),
+    Task("trec", "TREC", dict(question="question"), column="label",
+         labels=dict(ABBR="abbreviation", ENTY="entity", DESC="description", HUM="human", LOC="location", NUM="number"),
+         metrics=("accuracy",), rows=(5452, 500), files=dict(train="train_5500.label", validation="TREC_10.label")),
+)}
+GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]  # the paper's eight [P]
+# MRPC comes from its own source; GLUE's dev set is a list of id pairs drawn from the training file.
+MRPC_FILES = {"msr_paraphrase_train.txt": "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt",
+              "msr_paraphrase_test.txt": "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_test.txt",
+              "mrpc_dev_ids.tsv": GLUE_URL + "mrpc_dev_ids.tsv"}
 
 
 def source_parts(task, texts):
@@ -191,34 +215,46 @@ def read_folder(path):
 
 def read_examples(task, path, labelled=True):
     """One file of a task -> list of Example. Raises UserError naming the line for a wrong column, label or score."""
-    header = task.header or not labelled
-    columns = list(task.fields.values()) if task.header or labelled else list(task.fields)
+    columns, header = list(task.fields.values()), True
+    if not task.header and labelled:                              # CoLA: no header, columns are numbers; its unlabelled file
+        header = False                                            # has one, with the fields' own names
+    elif not task.header:
+        columns = list(task.fields)
     columns += [task.column] if labelled else []
     if path.is_dir():
         names, rows = read_folder(path)
-    elif path.suffix in (".jsonl", ".label"):
-        names, rows = read_labels(path) if path.suffix == ".label" else read_superglue(path, columns)
+    elif path.suffix == ".label":
+        names, rows = read_labels(path)
+    elif path.suffix == ".jsonl":
+        names, rows = read_superglue(path, columns)
     else:
         names, rows = read_rows(path, header, task.short_lines)
+    names = names or list(range(len(rows[0][1])))
     for column in columns:
-        if (column not in names) if header else (column >= len(rows[0][1])):
-            raise UserError(f"{path}: found columns {', '.join(names or rows[0][1])}; expected one named {column}")
-    where = [names.index(column) if header else column for column in columns]
-    index = names.index("index") if header and "index" in names else None
+        if column not in names:
+            raise UserError(f"{path}: found columns {', '.join(map(str, names))}; expected one named {column}")
+    where = [names.index(column) for column in columns]
+    index = names.index("index") if "index" in names else None
     examples = []
     for count, (number, cells) in enumerate(rows):
         parts, gold, target = source_parts(task, [cells[i] for i in where[:len(task.fields)]]), None, ""
         if labelled:
-            gold = cells[where[-1]].strip()
-            if task.labels and gold not in task.labels:
-                raise UserError(f"{path}: line {number}: found label {gold!r}, expected one of {', '.join(task.labels)}")
-            if not task.labels:
-                gold = parse_number(gold)
-                if not 0 <= gold <= 5:
-                    raise UserError(f"{path}: line {number}: found score {cells[where[-1]]!r}, expected a number from 0 to 5")
-            target = task.labels[gold] if task.labels else stsb_target(gold)
-        examples.append(Example(parts, target, gold, cells[index] if index is not None else str(count)))
+            gold, target = read_label(task, cells[where[-1]], f"{path}: line {number}")
+        examples.append(Example(parts, target, gold, str(count) if index is None else cells[index]))
     return examples
+
+
+def read_label(task, text, place):
+    """A cell of the label's column -> gold, target text. Raises UserError naming the place."""
+    if task.labels:
+        label = text.strip()
+        if label not in task.labels:
+            raise UserError(f"{place}: found label {label!r}, expected one of {', '.join(task.labels)}")
+        return label, task.labels[label]
+    score = parse_number(text)
+    if not 0 <= score <= 5:
+        raise UserError(f"{place}: found score {text!r}, expected a number from 0 to 5")
+    return score, stsb_target(score)
 
 
 def parse_number(text):
@@ -235,10 +271,10 @@ def find_folder(task, data_dir):
     if isinstance(task, ImageTask):
         folders = [Path(data_dir) / task.folder, Path(data_dir) / "vl" / task.folder]
         folders = [folder for folder in folders if folder.is_dir()]
-        folders += [place for place in (Path(data_dir), Path(data_dir) / task.name) for name in task.first if (place / name).exists()]
+        folders += [place for place in (Path(data_dir), Path(data_dir) / task.name) for name in task.files if (place / name).exists()]
         if not folders:
             raise UserError(f"{Path(data_dir) / task.folder}: no such folder (nor {Path('vl') / task.folder} below {data_dir}, nor"
-                            f" {' or '.join(task.first)} in it); expected the official files of {task.name}")
+                            f" {' or '.join(task.files)} in it); expected the official files of {task.name}")
         return folders[0]
     for folder in (Path(data_dir) / task.folder, Path(data_dir) / "glue" / task.folder):
         if folder.is_dir():
@@ -248,7 +284,7 @@ def find_folder(task, data_dir):
 
 
 def permutation(count):
-    """The seed and the function that HyperFormer's public splits use."""
+    """The seed and the function that HyperFormer's public splits use [X]."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(42)).tolist()
 
 
@@ -299,14 +335,12 @@ def make_splits(task, data_dir, scheme="paper"):
                         " validation rows, expected at least 2 of each")
     if scheme == "official" or "test" in splits:
         return splits
-    held_out = "validation" if len(splits["train"]) < 10_000 else "train"
-    rows = splits[held_out]
-    order = permutation(len(rows))
-    size = len(rows) // 2 if held_out == "validation" else 1000
-    first, rest = [rows[i] for i in order[:size]], [rows[i] for i in order[size:]]
-    if held_out == "validation":
-        return {**splits, "validation": first, "test": rest}
-    return {**splits, "train": rest, "validation": first, "test": splits["validation"]}
+    train, validation = splits["train"], splits["validation"]
+    if len(train) < 10_000:
+        order, half = permutation(len(validation)), len(validation) // 2
+        return {**splits, "validation": [validation[i] for i in order[:half]], "test": [validation[i] for i in order[half:]]}
+    order = permutation(len(train))
+    return {**splits, "train": [train[i] for i in order[1000:]], "validation": [train[i] for i in order[:1000]], "test": validation}
 
 
 def draw_rows(examples, count, seed):
@@ -335,12 +369,12 @@ class Row:
     """An example in ids, made once."""
     source: object       # int32 array
     targets: list        # its right answers, int32 arrays
-    shares: object       # array: their shares, summed up from the first to each one, so that the last is 1
+    cumulative: object   # array: probability of the first answer, of the first two, ..., of all: 1
     image: object = None  # (array [images, N, V], row in it), of an image task
 
-    def target(self, random):
-        """A random number in [0, 1) -> the answer drawn by it."""
-        return self.targets[int(np.searchsorted(self.shares, random, side="right"))]
+    def draw_target(self, uniform):
+        """A random number in [0, 1) -> the answer drawn by it [X: VL-T5]."""
+        return self.targets[int(np.searchsorted(self.cumulative, uniform, side="right"))]
 
 
 MAX_TARGET_LENGTH = 128  # tokens [X: HyperFormer]
@@ -354,13 +388,16 @@ def encode_examples(examples, encode, max_source_length):
         return np.array(ids[:MAX_TARGET_LENGTH - 1] + ids[-1:] if len(ids) > MAX_TARGET_LENGTH else ids, np.int32)
 
     @lru_cache(maxsize=None)
-    def shares(weights):
+    def cumulative(weights):
         sums = np.cumsum(weights)
         return sums / sums[-1]
 
-    return [Row(np.array(encode_source(e.parts, encode, max_source_length), np.int32),
-                [target_ids(text) for text, _ in e.targets] or [target_ids(e.target)], shares(tuple(w for _, w in e.targets) or (1.0,)))
-            for e in examples]
+    rows = []
+    for example in examples:
+        source = np.array(encode_source(example.parts, encode, max_source_length), np.int32)
+        targets = example.targets or ((example.target, 1.0),)
+        rows.append(Row(source, [target_ids(text) for text, _ in targets], cumulative(tuple(weight for _, weight in targets))))
+    return rows
 
 
 def plan_epoch(lengths, batch_size, seed, pool=16):
@@ -475,24 +512,6 @@ def write_submission(path, task, texts, examples):
 
 
 # ----------------------------------------------------------------------------------------------- vision and language
-# An image is a pair of strings, (image set, image id) as in ("train2014", "9"); its features are found by that pair.
-
-@dataclass
-class ImageTask:
-    name: str          # chooses the keys of the results file
-    folder: str        # below the data folder or its vl/
-    first: tuple       # files by which a data folder itself is seen to be the task's; reading starts from the first one's name
-    prompt: str        # the first part of every source text
-    read: object       # (task, folder, scheme) -> {split: [Example]}
-    metrics: tuple     # those that choose the best checkpoint
-    score: object      # (task, texts, examples) -> {metric: value}, may hold more than these
-    max_answer: int    # tokens of the longest answer
-    beams: int         # of the search for it [X: VL-T5, VL-Adapter]
-    results: str       # name of the file of predictions
-    labels: dict = field(default_factory=dict)  # label in the file -> label word
-    fields: tuple = ("question",)               # what stands in the source text after the prompt
-
-
 ID, TEXT, LIST = (int, str), (str,), (list,)
 KINDS = {int: "a whole number", str: "a string", list: "a list", bool: "true or false"}
 KARPATHY = dict(train="train", restval="train", val="validation", test="test")  # restval: the part of val2014 that trains
@@ -558,7 +577,7 @@ def read_questions(task, folder, subset, labelled=True):
     gold: {"answers": [the annotators' answers as they are], "kind": answer type}; index: question id. targets: every
     distinct answer weighted by its accuracy. Raises UserError, also where the two files do not hold the same questions.
     """
-    path = folder / task.first[0].replace("train2014", subset)
+    path = folder / task.files[0].replace("train2014", subset)
     file = read_json(path)
     questions, image_set = read_entries(path, file, "questions", "question_id", image_id=ID, question=TEXT), file.get("data_subtype")
     if type(image_set) is not str:
@@ -630,14 +649,14 @@ def read_captions(task, folder, scheme):
     """COCO captions -> {split: [Example]}, an Example an image: Karpathy's splits where dataset_coco.json is, unless the
     scheme is official and captions_{train,val}2014.json are there too. gold: all captions; targets: each with weight 1."""
     path, splits, rows = find_karpathy(task, folder), {}, []
-    if path and (scheme != "official" or not (folder / task.first[0]).exists()):
+    if path and (scheme != "official" or not (folder / task.files[0]).exists()):
         for key, image in read_karpathy(path, filepath=TEXT, sentences=LIST).items():
             for number, sentence in enumerate(image["sentences"]):
                 check_entry(path, f"cocoid {key}: sentences[{number}]", sentence, dict(raw=TEXT))
             rows.append((path, image["split"], image["filepath"], key, [sentence["raw"] for sentence in image["sentences"]]))
     else:
         for split, subset in (("train", "train2014"), ("validation", "val2014")):
-            path = folder / task.first[0].replace("train2014", subset)
+            path = folder / task.files[0].replace("train2014", subset)
             file = read_json(path)
             captions = {key: [] for key in read_entries(path, file, "images", "id")}
             for key, row in read_entries(path, file, "annotations", "id", image_id=ID, caption=TEXT).items():
@@ -680,8 +699,8 @@ def read_unlabelled(task, data_dir):
     if not isinstance(task, ImageTask) or task.name != "vqa":
         raise UserError(f"task {task.name} has no test questions without answers; of the image tasks only vqa has")
     folder = find_folder(task, data_dir)
-    whole = (folder / task.first[0].replace("train2014", "test2015")).exists()
-    part = (folder / task.first[0].replace("train2014", "test-dev2015")).exists()
+    whole = (folder / task.files[0].replace("train2014", "test2015")).exists()
+    part = (folder / task.files[0].replace("train2014", "test-dev2015")).exists()
     return read_questions(task, folder, "test-dev2015" if part and not whole else "test2015", labelled=False)
 
 
@@ -998,21 +1017,23 @@ def unpack(archive, folder):
 
 def download_task(task, data_dir):
     """Fetch those official files of a task that are not there yet into data_dir/FOLDER, and count their rows."""
-    if isinstance(task, ImageTask) or not task.url and task.name != "mrpc":
-        raise UserError(f"the files of {task.name} are not downloaded: put the official ones into {Path(data_dir) / task.folder}")
-    folder = Path(data_dir) / task.folder
-    wanted = list(task.files.values())
-    for place in (folder, Path(data_dir) / "glue" / task.folder):
-        if all((place / name).exists() for name in wanted) or task.name == "mrpc" and all((place / name).exists() for name in MRPC_FILES):
+    with contextlib.suppress(UserError):
+        folder = find_folder(task, data_dir)
+        if isinstance(task, ImageTask) or all((folder / name).exists() for name in task.files.values()):
             return
+        if task.name == "mrpc" and all((folder / name).exists() for name in MRPC_FILES):
+            return
+    folder = Path(data_dir) / task.folder
     if task.name == "mrpc":
         for name, url in MRPC_FILES.items():
             (folder / name).exists() or download(url, folder / name)
-    else:
+    elif isinstance(task, Task) and task.url:
         archive = Path(data_dir) / Path(task.url).name
         download(task.url, archive)
         unpack(archive, folder)
         archive.unlink()
+    else:
+        raise UserError(f"the files of {task.name} are not downloaded: put the official ones into {folder}")
     found = tuple(len(read_split(task, data_dir, split)) for split in ("train", "validation"))
     print(f"{folder}: {found[0]} training and {found[1]} validation rows (official: {task.rows[0]} and {task.rows[1]})")
 

@@ -289,7 +289,7 @@ def make_batches(rows, settings):
         epoch, place = divmod(int(np.sum(turns[:step] == turn)), per_epoch[names[turn]])
         chosen = [rows[names[turn]][i] for i in plan(int(turn), epoch)[place]]
         draws = np.random.default_rng([settings.seed, 2**20, step]).random(len(chosen))  # which of its answers each row is to learn
-        targets = [row.target(draw) for row, draw in zip(chosen, draws)]
+        targets = [row.draw_target(draw) for row, draw in zip(chosen, draws)]
         tokens, own = sum(map(len, targets)), slice(RANK, None, WORLD)
         share = WORLD * sum(map(len, targets[own])) / tokens
         chosen, targets = chosen[own] or chosen[:1], targets[own] or targets[:1]

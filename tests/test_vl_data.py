@@ -420,6 +420,9 @@ def test_empty_split(vqa):
 def test_command_line(vqa):
     out, _ = run("data.py", "--task", "vqa", "--data-dir", vqa, "--split", "official")
     assert out.startswith("train 4, validation 2") and "[train2014/9] vqa: What is this?\n  -> cat\n" in out
-    assert "are not downloaded: put the official ones into" in run("data.py", "--task", "vqa", "--data-dir", vqa, "--download", ok=False)[1]
+    assert run("data.py", "--task", "vqa", "--data-dir", vqa, "--split", "official", "--download")[0] == out      # they are there already
+    for task, place in (("snlive", "SNLI-VE"), ("imdb", "aclImdb")):
+        error = run("data.py", "--task", task, "--data-dir", vqa, "--download", ok=False)[1]
+        assert f"the files of {task} are not downloaded: put the official ones into {vqa / place}" in error
     assert "SNLI-VE: no such folder" in run("data.py", "--task", "snlive", "--data-dir", vqa, ok=False)[1]
     assert "the known ones are cola, sst2" in run("data.py", "--task", "vqa2", "--data-dir", vqa, ok=False)[1]
