@@ -10,8 +10,12 @@ its config.json), or a CLIP ResNet in OpenAI's names. A whole CLIP will do; its 
 The file is float16 [images, N, V]; beside it lies a .json with the ids in row order and all that the features depend on.
 A run that is stopped or killed goes on where it was when the same command is given again.
 
-Source: Radford et al. 2021 (CLIP); tensor names as in public checkpoints.
-Shapes: B batch, N cells of the grid, V visual width, H heads, K width of one head, P patch, C channels, S side of the input.
+What comes out is V of eq. (7) in hyperpelt.py. The paper's 7 x 7 cells are known second-hand [P]; that they were ResNet-101's at 224
+pixels is reconstructed [R], as VL-Adapter had them [X]; float16, and the last map rather than what the pool makes of it, are ours [C].
+
+Source: Radford et al. 2021 (CLIP); tensor names as in public checkpoints. The order of the file: the two encoders, loading, preprocessing;
+then plumbing, which a first reading can leave out: images, the feature file, the command.
+Shapes: B batch, N cells of the grid, V visual width, H heads, K width of one head, P patch, C channels, I side of the input in pixels.
 """
 import contextlib
 import hashlib
@@ -22,7 +26,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,7 +67,7 @@ class Layer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    prefix = "vision_model."
+    name_prefix = "vision_model."        # of its tensors in public files
     unused = re.compile(r"vision_model\.(post_layernorm\.(weight|bias)|embeddings\.position_ids)|visual_projection\.weight")
     renamed = [("class_token", "embeddings.class_embedding"), ("positions", "embeddings.position_embedding.weight"),
                ("patches.", "embeddings.patch_embedding."), ("pre_norm.", "pre_layrnorm."), ("layers.", "encoder.layers."),
@@ -119,8 +123,8 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
         return torch.cat([self.positions[:1], grid])                         # the class token's position stays
 
-    def tokens(self, pixels):                                                # [B, 3, S, S]
-        x = self.patches(pixels)                                             # [B, V, S/P, S/P]
+    def tokens(self, pixels):                                                # [B, 3, I, I]
+        x = self.patches(pixels)                                             # [B, V, I/P, I/P]
         x, side = x.flatten(2).transpose(1, 2), x.size(2)                    # [B, N, V]
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.position_table(side)
         x = self.pre_norm(x)
@@ -128,7 +132,7 @@ class VisionTransformer(nn.Module):
             x = layer(x)
         return x                                                             # [B, 1+N, V]
 
-    def forward(self, pixels):                                               # [B, 3, S, S]
+    def forward(self, pixels):                                               # [B, 3, I, I]
         return self.tokens(pixels)[:, 1:]                                    # [B, N, V]
 
 
@@ -170,7 +174,7 @@ class Bottleneck(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    prefix, renamed, stride = "visual.", [], 32
+    name_prefix, renamed, stride = "visual.", [], 32
     unused = re.compile(r"visual\.(attnpool\.(positional_embedding|[qkvc]_proj\.(weight|bias))|.*\.num_batches_tracked)")
 
     def __init__(self, channels, blocks, grid):
@@ -198,13 +202,13 @@ class ModifiedResNet(nn.Module):
             need("attnpool.positional_embedding", 2, f"[1 + a square, {64 * half}]")
         return (channels, blocks, grid)
 
-    def forward(self, pixels):                                               # [B, 3, S, S]
-        x = F.relu(self.bn1(self.conv1(pixels)))                             # [B, C/2, S/2, S/2]
+    def forward(self, pixels):                                               # [B, 3, I, I]
+        x = F.relu(self.bn1(self.conv1(pixels)))                             # [B, C/2, I/2, I/2]
         x = F.relu(self.bn2(self.conv2(x)))
-        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)                 # [B, C, S/4, S/4]
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)                 # [B, C, I/4, I/4]
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
-        return x.flatten(2).transpose(1, 2)                                  # [B, V, S/32, S/32] -> [B, N, V]
+        return x.flatten(2).transpose(1, 2)                                  # [B, V, I/32, I/32] -> [B, N, V]
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -236,21 +240,21 @@ def public_name(kind, name):
     """Our name of an encoder's tensor -> its name in public files."""
     for ours, theirs in kind.renamed:
         name = name.replace(ours, theirs)
-    return kind.prefix + name
+    return kind.name_prefix + name
 
 
 def read_encoder(kind, shapes, path):
     """A file of weights, the shapes of whose tensors are known -> encoder of this kind."""
     def need(name, dimensions, expected=None):
         """The shape of a tensor that tells a size; `expected`: there is none like it, say so."""
-        if kind.prefix + name not in shapes:
-            raise UserError(f"{path}: tensor {kind.prefix}{name} is missing")
-        shape = shapes[kind.prefix + name]
+        if kind.name_prefix + name not in shapes:
+            raise UserError(f"{path}: tensor {kind.name_prefix}{name} is missing")
+        shape = shapes[kind.name_prefix + name]
         if expected or len(shape) != dimensions or min(shape) < 1:
-            raise UserError(f"{path}: tensor {kind.prefix}{name} has shape {shape}, expected {expected or f'{dimensions} dimensions of at least 1'}")
+            raise UserError(f"{path}: tensor {kind.name_prefix}{name} has shape {shape}, expected {expected or f'{dimensions} dimensions of at least 1'}")
         return shape
 
-    names = [name.removeprefix(kind.prefix) for name in shapes if name.startswith(kind.prefix)]
+    names = [name.removeprefix(kind.name_prefix) for name in shapes if name.startswith(kind.name_prefix)]
     with torch.device("meta"):                                               # shapes only
         model = kind(*kind.sizes(need, names, path.parent))
     wanted = {public_name(kind, name): tensor for name, tensor in model.state_dict().items()}
@@ -300,12 +304,12 @@ def preprocess(pixels, size, squash=False):
 
 
 def normalise(pixels):
-    """uint8 [B, 3, S, S] -> what CLIP was trained on."""
+    """uint8 [B, 3, I, I] -> what CLIP was trained on."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     return (pixels.float() / 255 - mean) / std
 
 
-# -------------------------------------------------------------------- images (from here on plumbing: files in and out)
+# ---------------------------------------------------------------------------- images (from here on plumbing)
 
 class Broken(Exception):
     """An image that cannot be decoded."""
@@ -358,24 +362,14 @@ def open_folder(folder):
 
 
 def read_ahead(load, start, count, size):
-    """Yield for every batch of numbers from `start` on the list of load(number), or of the Broken that it raised.
-
-    Threads decode at most two batches ahead, so that memory does not grow with the number of images.
-    """
-    def attempt(i):
-        try:
-            return load(i)
-        except Broken as error:
-            return error
-
-    pool, ahead = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), deque()
-    try:
-        for first in [*range(start, count, size), None, None]:               # two more turns hand out what is left
-            ahead.append([] if first is None else [pool.submit(attempt, i) for i in range(first, min(first + size, count))])
-            if len(ahead) == 3 and (batch := ahead.popleft()):
-                yield [future.result() for future in batch]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Yield for every batch of numbers from `start` on the futures of load(number). Threads are one batch ahead, no further, so that
+    memory does not grow with the number of images."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        ahead = []
+        for first in range(start, count + size, size):
+            batch, ahead = ahead, [pool.submit(load, i) for i in range(first, min(first + size, count))]
+            if batch:
+                yield batch
 
 
 # ---------------------------------------------------------------------------------------------------- feature file
@@ -425,7 +419,7 @@ def header(shape):
 class Writer:
     """A feature file as it grows: rows are appended to FILE.npy.part, and FILE.json.part says how many of them count.
 
-    Both are put in place when they are whole, the .json last. Raises UserError where FILE.npy or FILE.json exists.
+    Both are put in place when they are whole, the .npy last. Raises UserError where they exist.
     """
 
     def __init__(self, out, settings, ids, names):
@@ -435,33 +429,30 @@ class Writer:
         settings = json.loads(json.dumps(settings))                          # tuples become lists, as they will be read
         images = hashlib.sha256(json.dumps([names, ids]).encode()).hexdigest()
         self.state = {"settings": settings, "images": images, "done": 0, "rows": 0, "skipped": []}
-        if self.progress.exists():
-            self.resume(read_json(self.progress))
-        for path in (self.out, self.about):
-            if path.exists():
-                raise UserError(f"{path}: exists already; remove it to compute it again")
+        saved = read_json(self.progress) if self.progress.exists() else None
+        if self.out.exists() or self.about.exists() and not saved:           # of an interrupted run .json may be in place already
+            raise UserError(f"{self.out if self.out.exists() else self.about}: exists already; remove it to compute it again")
+        if saved and self.fits(saved):
+            self.state = saved
+        elif saved:
+            print(f"note: {self.part} does not fit this command (settings, weights or images); beginning again", file=sys.stderr)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.part, "r+b" if self.state["rows"] else "wb")
         self.file.write(header((len(ids), *self.cells)))
-        self.file.truncate(self.end())                                       # rows that were written after the last save
+        self.file.truncate(self.end(self.state["rows"]))                     # rows that were written after the last save
         self.file.seek(0, os.SEEK_END)
         self.save()
 
-    def end(self):
-        """The size of a file with the rows so far."""
-        return len(header((len(self.ids), *self.cells))) + self.state["rows"] * 2 * math.prod(self.cells)
+    def fits(self, saved):
+        """Is this the state of a run with the same settings and images, whose rows are all on the disk?"""
+        counts = [saved.get(key) for key in ("rows", "done")]
+        return ({**saved, "done": 0, "rows": 0, "skipped": []} == self.state and isinstance(saved.get("skipped"), list)
+                and all(type(count) is int for count in counts) and 0 <= counts[0] <= counts[1] <= len(self.ids)
+                and self.part.exists() and self.part.stat().st_size >= self.end(counts[0]))
 
-    def resume(self, saved):
-        """Take over the state of an interrupted run where it had the same settings and images."""
-        if {**saved, "done": 0, "rows": 0, "skipped": []} == self.state:
-            fresh, self.state = self.state, saved
-            if saved["done"] == len(self.ids) and self.out.exists() and not self.about.exists() and not self.part.exists():
-                os.replace(self.out, self.part)                              # it was stopped between the two last steps
-            if self.part.exists() and self.part.stat().st_size >= self.end():
-                return
-            self.state = fresh
-        if not self.out.exists():
-            print(f"note: {self.part} does not fit this command (settings, weights or images); beginning again", file=sys.stderr)
+    def end(self, rows):
+        """The size of a file with so many rows."""
+        return len(header((len(self.ids), *self.cells))) + rows * 2 * math.prod(self.cells)
 
     def append(self, rows, count, skipped):
         """`count` more images are done: `rows` (array [B, N, V], or None) of the good ones, and the names of the others."""
@@ -489,8 +480,8 @@ class Writer:
         skipped = set(self.state["skipped"])
         meta = {"model": model, **self.state["settings"], "skipped": self.state["skipped"], "sha256": digest(self.part),
                 "ids": [id for id, name in zip(self.ids, self.names) if name not in skipped]}
-        os.replace(self.part, self.out)
         write_whole(self.about, json.dumps(meta, indent=1).encode() + b"\n")
+        os.replace(self.part, self.out)
         self.progress.unlink()
 
 
@@ -520,13 +511,14 @@ def extract(args):
     with contextlib.closing(batches), torch.inference_mode(), \
             tqdm(total=count, initial=state["done"], unit=" images", smoothing=0.05, disable=None) as bar:
         for batch in batches:
-            broken = {names[state["done"] + i]: problem for i, problem in enumerate(batch) if isinstance(problem, Broken)}
+            problems = {names[state["done"] + i]: image.exception() for i, image in enumerate(batch)}
+            broken = {name: problem for name, problem in problems.items() if isinstance(problem, Broken)}
             for problem in broken.values():
                 if not args.skip_broken:
                     writer.save()
                     raise UserError(f"{problem}; --skip-broken leaves such images out")
                 bar.write(f"left out: {' '.join(str(problem).split())}", file=sys.stderr)
-            good, features = [pixels for pixels in batch if not isinstance(pixels, Broken)], None
+            good, features = [image.result() for image in batch if not isinstance(image.exception(), Broken)], None
             if good:
                 features = model(normalise(torch.stack(good).to(device))).half()                 # [B, N, V]
                 if not features.isfinite().all():
