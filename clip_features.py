@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data import Parser, UserError, catch_signals, digest, leave, parse_json, read_json, read_tensors, run, write_whole
+from data import Parser, UserError, catch_signals, digest, in_range, leave, parse_json, read_json, read_tensors, run, write_whole
 
 FILES = ["model.safetensors", "open_clip_model.safetensors"]
 TEXT_HALF = ("text_model.", "text_projection", "logit_scale", "logit_bias", "positional_embedding", "token_embedding.",
@@ -490,8 +490,6 @@ class Writer:
 def extract(args):
     if Path(args.out).suffix != ".npy":
         raise UserError(f"--out {args.out}: expected a name that ends with .npy")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size: found {args.batch_size}, expected at least 1")
     model, weights = load_encoder(args.model)
     size = model.trained_size if args.size is None else args.size
     if size < 1 or size % model.stride:
@@ -546,7 +544,7 @@ def main():
     parser.add_argument("--images", required=True, help="folder of .jpg and .png files, or .npy file, uint8 [images, height, width, 3]")
     parser.add_argument("--ids", help="JSON list of the ids of an .npy file's images (default: beside it, .json for .npy)")
     parser.add_argument("--out", required=True, help="the feature file to write, FILE.npy; FILE.json comes with it")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in one pass of the encoder (default: 64)")
+    parser.add_argument("--batch-size", type=in_range(int, 1), default=64, help="images in one pass of the encoder (default: 64)")
     parser.add_argument("--size", type=int, help="side of the encoder's input in pixels (default: as it was trained)")
     parser.add_argument("--squash", action="store_true", help="resize both sides to --size instead of cutting the centre out")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded (default: stop)")

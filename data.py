@@ -1053,6 +1053,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def in_range(kind, low, high=10**9):
+    """-> a converter for argparse: text -> a number of this kind from low to high, and so no nan."""
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"found {text}, expected {kind.__name__} from {low} to {high}")
+    return convert
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", required=True, help=f"one of {', '.join([*TASKS, *IMAGE_TASKS])}")

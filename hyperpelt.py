@@ -42,7 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Parser, UserError, run
+from data import Parser, UserError, in_range, run
 from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, RMSNorm, T5Config
 
 BLOCK_TYPES = [ENCODER_SELF, ENCODER_FFN, DECODER_SELF, DECODER_CROSS, DECODER_FFN]  # b_j's index [D: five]
@@ -423,14 +423,11 @@ def main():
     parser.add_argument("--tour", metavar="RUN", nargs="?", const="runs/rte-hyperpelt",
                         help="walk one example through a trained run (default: runs/rte-hyperpelt)")
     parser.add_argument("--model", default="t5-base", help="a public name, or a folder with config.json (default: t5-base)")
-    parser.add_argument("--tasks", type=int, default=8, help="number of tasks (default: 8, the paper's)")
-    parser.add_argument("--visual-width", type=int, default=0, help="width of the images' features, 2048 for CLIP's ResNet-101 (default: no images)")
+    parser.add_argument("--tasks", type=in_range(int, 1), default=8, help="number of tasks (default: 8, the paper's)")
+    parser.add_argument("--visual-width", type=in_range(int, 0), default=0, help="width of the images' features, 2048 for CLIP's ResNet-101 (default: no images)")
     args = parser.parse_args()
     if args.tour:
         return runpy.run_path(str(Path(__file__).resolve().parent / "sample" / "tour.py"))["tour"](args.tour)
-    for option, value, least in (("--tasks", args.tasks, 1), ("--visual-width", args.visual_width, 0)):
-        if value < least:
-            raise UserError(f"{option}: found {value}, expected at least {least}")
     folder = Path(args.model)
     t5_config = T5Config.from_file(folder / "config.json") if folder.is_dir() else T5Config.from_name(args.model)
     methods = [method for method, (*_, source) in METHODS.items() if source == "hypernetworks" or not args.visual_width]

@@ -15,13 +15,18 @@
 A run's folder (--out) holds config.json (all settings), log.jsonl (a row for every few steps and every evaluation),
 metrics.json (the result), last.safetensors (what is trained, optimiser, generators, step: a run resumes from it exactly)
 and best.safetensors (what is trained, nothing else). With neither --model nor --data-dir a run
-uses the folder sample/ beside this file. The order of the code: settings, data, processes, evaluation, checkpoints, loop, what is
-shown. A first reading can leave out `complete_settings`, processes and checkpoints.
+uses the folder sample/ beside this file.
+
+A first reading: `run_once` is the story of a run, `train` its loop; tasks are drawn in `draw_tasks`, batches made in `make_batches`, weights
+of a task made once for an evaluation in `answer`. The order of the code: settings, data, processes, evaluation, checkpoints and what
+begins from them, the loop, runs, what people are shown. `complete_settings`, processes and checkpoints can wait.
+Marks as in hyperpelt.py: [P] printed in the paper, [D] derived, [X] borrowed, [R] reconstructed, [C] our choice.
 """
 import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -65,16 +70,6 @@ RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK",
 
 # -------------------------------------------------------------------------------------------------------- settings
 
-def in_range(kind, low, high=10**9):
-    """-> a converter for argparse that takes low to high, and so no nan."""
-    def convert(text):
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-    convert.__name__ = f"{kind.__name__} from {low} to {high}"               # argparse puts it into its message
-    return convert
-
-
 OPTIONS = [  # name, type or choices, default, help
     ("task", str, "rte", f"task, several with commas between, glue for the paper's eight, or vl for vqa, gqa and caption [R]: {', '.join([*data.TASKS, *data.IMAGE_TASKS])}"),
     ("model", str, "", "folder of a T5 checkpoint, or a public name, which is downloaded (default: the bundled sample/mini-t5)"),
@@ -84,29 +79,29 @@ OPTIONS = [  # name, type or choices, default, help
     ("method", list(METHODS), "hyperpelt", "hyperprefix: no adapters; hyperadapter: no prefixes; hyperformer: a vector as hyper-embedding, no prefixes; "
      "prefix, adapter, mam (both): learned for each task without a hypernetwork; norms: neither; full: fine-tune all"),
     ("out", str, "", "folder of the run (default: runs/TASK-METHOD)"),
-    ("split", ["paper", "official"], "paper", "paper: validation halved, or 1,000 training rows held out; official: as the files are"),
-    ("steps", in_range(int, 1), 0, "training steps (default: what --epochs gives)"),
-    ("epochs", in_range(float, 0.001), 6.0, "passes over the training rows"),
-    ("batch-size", in_range(int, 1), 32, "rows of a step, of all processes together"),
-    ("lr", in_range(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; the paper's: 1e-3, R]"),
-    ("schedule", ["constant", "linear"], "linear", "after the warm-up: constant, or linear to 0"),
-    ("warmup-steps", in_range(int, 0), 10, "steps in which the learning rate rises from 0"),
-    ("label-smoothing", in_range(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
-    ("temperature", in_range(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
-    ("max-source-length", in_range(int, 8), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
-    ("n-train", in_range(int, 1), 0, "training rows of each task, drawn by the seed (default: all)"),
+    ("split", ["paper", "official"], "paper", "paper: validation halved, or 1,000 training rows held out [P]; official: as the files are"),
+    ("steps", data.in_range(int, 1), 0, "training steps (default: what --epochs gives) [R: 2^18]"),
+    ("epochs", data.in_range(float, 0.001), 6.0, "passes over the training rows [C]"),
+    ("batch-size", data.in_range(int, 1), 32, "rows of a step, of all processes together [C; R: 128]"),
+    ("lr", data.in_range(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; R: 1e-3]"),
+    ("schedule", ["constant", "linear"], "linear", "after the warm-up: constant [R], or linear to 0 [X: HyperFormer]"),
+    ("warmup-steps", data.in_range(int, 0), 10, "steps in which the learning rate rises from 0 [C; X: HyperFormer 500, VL-Adapter a tenth of all]"),
+    ("label-smoothing", data.in_range(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
+    ("temperature", data.in_range(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
+    ("max-source-length", data.in_range(int, 8), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
+    ("n-train", data.in_range(int, 1), 0, "training rows of each task, drawn by the seed (default: all)"),
     ("init-from", str, "", "folder of a run whose trained weights this one begins with (default: none)"),
     ("init-task", str, "", "its task whose embedding a new task begins with (default: the one with the least loss on training rows of the new one)"),
-    ("prefix-length", in_range(int, 1), SIZES.prefix_length, "N, rows of a generated prefix"),
-    ("bottleneck", in_range(int, 1), SIZES.bottleneck, "R, width of a generated adapter"),
-    ("embedding-dim", in_range(int, 1), SIZES.embedding_dim, "width of the task, layer and block embeddings"),
-    ("hyper-dim", in_range(int, 1), SIZES.hyper_dim, "width of a hyper-embedding"),
-    ("seed", in_range(int, 0, 2**31), 0, "of initial weights, dropout and the order of the rows"),
+    ("prefix-length", data.in_range(int, 1), SIZES.prefix_length, "N, rows of a generated prefix [R]"),
+    ("bottleneck", data.in_range(int, 1), SIZES.bottleneck, "width of a generated adapter [R]"),
+    ("embedding-dim", data.in_range(int, 1), SIZES.embedding_dim, "d_t, width of the task, layer and block embeddings [R]"),
+    ("hyper-dim", data.in_range(int, 1), SIZES.hyper_dim, "d_I, width of a hyper-embedding [R]"),
+    ("seed", data.in_range(int, 0, 2**31), 0, "of initial weights, dropout and the order of the rows"),
     ("precision", ["auto", "fp32", "bf16"], "auto", "bf16: frozen weights and activations in bfloat16; auto: where the machine is fast at it"),
-    ("eval-every", in_range(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
+    ("eval-every", data.in_range(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
 ]
-# Options that may differ from the saved run's; of backbone, data and features the contents are compared instead.
-FREE = ("out", "data_dir", "model", "features", "download", "resume", "eval_only", "predict", "ask", "export", "seeds", "table")
+DEFAULTS = {name.replace("-", "_"): default for name, _, default, _ in OPTIONS}
+PLACES = "out", "data_dir", "model", "features"    # these may differ from the saved run's: what lies there is compared instead
 
 
 def parse_arguments():
@@ -127,48 +122,42 @@ def parse_arguments():
                        "(17, or val2014:17); the first task of the run that fits, or the one whose name stands before them")
     group.add_argument("--export", metavar="FILE", help="write what best.safetensors of the run in --out generates for a task (--task) as plain tensors")
     group.add_argument("--table", metavar="RUN", nargs="+", help="print runs as a table, Markdown: methods x tasks, mean and standard deviation over seeds")
-    parser.add_argument("--seeds", metavar="COUNT", type=in_range(int, 1), help="as many runs, from --seed on, in OUT/seed-...; with --resume those that are not finished")
+    parser.add_argument("--seeds", metavar="COUNT", type=data.in_range(int, 1), help="as many runs, from --seed on, in OUT/seed-...; with --resume those that are not finished")
     return vars(parser.parse_args())
 
 
 def default_out(given):
     """{option: value} of the command line -> the folder of a run that was given no --out."""
-    option = {name: default for name, _, default, _ in OPTIONS} | given
+    option = DEFAULTS | given
     return f"runs/{option['task'].replace(',', '-')}-{option['method']}"
 
 
 def complete_settings(given):
-    """{option: value} -> settings (Namespace). For a run that exists they are the saved ones; another value is refused."""
-    given, defaults = dict(given), {name.replace("-", "_"): default for name, _, default, _ in OPTIONS}
-    if given.get("precision", "auto") == "auto":
-        given.pop("precision", None)                                         # nothing that could differ from a saved run
-    settings = {**defaults, **dict(download=False, resume=False, eval_only=False, predict="", ask=[], export=""), **given}
-    if not settings["data_dir"] and (settings["model"] or settings["download"]):
+    """{option: value} of the command line -> settings (Namespace). For a run that exists they are the saved ones; another value is refused."""
+    given, commands = dict(given), dict(resume=False, eval_only=False, predict="", ask=[], export="")
+    if given.get("precision") == "auto":
+        del given["precision"]                                               # nothing that could differ from a saved run
+    settings = {**DEFAULTS, "download": False, **commands, **given}
+    settings["sample"] = not (settings["data_dir"] or settings["model"] or settings["download"])
+    settings["sample"] |= bool(settings["data_dir"]) and Path(settings["data_dir"]).resolve() == SAMPLE
+    if settings["sample"]:
+        settings.update({**SAMPLE_DEFAULTS, **given, "data_dir": ""})        # "": the bundled sample, wherever it lies
+    elif not settings["data_dir"]:
         settings["data_dir"] = "glue"
-    elif not settings["data_dir"] or Path(settings["data_dir"]).resolve() == SAMPLE:
-        settings = {**settings, **SAMPLE_DEFAULTS, **given, "data_dir": ""}        # "": the bundled sample, wherever it lies
     out = Path(settings["out"] or default_out(given))
-    settings["existing_run"] = any(settings[name] for name in ("resume", "eval_only", "predict", "ask", "export"))
-    if settings["export"]:
-        settings["export_task"] = given.pop("task", "")                      # chooses one of the run's
+    settings["existing_run"] = any(settings[command] for command in commands)
+    settings["export_task"] = given.pop("task", "") if settings["export"] else ""        # chooses one of the run's
     if settings["existing_run"]:
-        if not (out / "config.json").exists():
-            chosen = [f"--{name} {shlex.quote(given[name])}" for name in ("task", "method", "out") if name in given]
-            raise UserError(f"{out}/config.json: no such file, expected a run; this trains one: {' '.join(['python train.py', *chosen])}")
-        saved = data.read_json(out / "config.json", "settings")["settings"]
-        for name in (name for name in defaults if name not in FREE and type(saved.get(name)) is not type(defaults[name])):
-            raise UserError(f"{out}/config.json: settings: {name}: found {saved.get(name)!r}, expected {type(defaults[name]).__name__}")
-        differences = [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in given.items() if k not in FREE and saved.get(k) != v]
-        if differences:
-            raise UserError(f"{out}/config.json: the run has other settings: {'; '.join(differences)}")
-        settings.update({k: v for k, v in saved.items() if k not in given})
+        settings.update(saved_settings(out, given))
+        settings["sample"] = not settings["data_dir"]
     elif any((out / name).exists() for name in ("config.json", "last.safetensors", "best.safetensors")):
         raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     settings["out"] = str(out)
     if settings["precision"] == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
         settings["precision"] = "bf16" if fast else "fp32"
-    settings.update(record={name: settings[name] for name in defaults}, bundled=not settings["model"], sample=not settings["data_dir"])
+    settings["record"] = {name: settings[name] for name in DEFAULTS}         # as config.json is to have them
+    settings["bundled"] = not settings["model"]
     if settings["sample"] and settings["download"]:
         raise UserError(f"{SAMPLE}: nothing is downloaded into the bundled sample; choose another --data-dir")
     if settings["bundled"]:
@@ -178,6 +167,23 @@ def complete_settings(given):
     if settings["sample"]:
         settings.update(data_dir=str(SAMPLE), features=settings["features"] or str(SAMPLE / "vqa" / "features"))
     return argparse.Namespace(**settings)
+
+
+def saved_settings(out, given):
+    """Folder of a run, {option: value} of the command line -> the run's settings but for the places that were given. Raises UserError
+    where there is no run, and where it was given other settings."""
+    if not (out / "config.json").exists():
+        chosen = [f"--{name} {shlex.quote(given[name])}" for name in ("task", "method", "out") if name in given]
+        raise UserError(f"{out}/config.json: no such file, expected a run; this trains one: {' '.join(['python train.py', *chosen])}")
+    saved = data.read_json(out / "config.json", "settings")["settings"]
+    for name, default in DEFAULTS.items():
+        if name not in PLACES and type(saved.get(name)) is not type(default):
+            raise UserError(f"{out}/config.json: settings: {name}: found {saved.get(name)!r}, expected {type(default).__name__}")
+    compared = {name: value for name, value in given.items() if name in DEFAULTS and name not in PLACES}
+    differences = [f"--{name.replace('_', '-')} was {saved[name]}, is {value}" for name, value in compared.items() if saved[name] != value]
+    if differences:
+        raise UserError(f"{out}/config.json: the run has other settings: {'; '.join(differences)}")
+    return {name: value for name, value in saved.items() if name not in given}
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -240,18 +246,17 @@ def load_images(settings, splits, rows):
     """Give every row of an image task its place in the feature files -> their width and fingerprint, as open_features does.
     Raises UserError, also for a question without features."""
     found, width, mark = open_features(settings, list(image_sets(splits)))
-    ids = {name: places for name, (_, places, _) in found.items()}
     for task, by_split in splits.items():
         for split, examples in by_split.items():
             if examples and examples[0].image:
-                if absent := ["/".join(e.image) for e in examples if e.image[1] not in ids[e.image[0]]]:
+                if absent := ["/".join(e.image) for e in examples if e.image[1] not in found[e.image[0]][1]]:
                     raise UserError(f"{len(absent)} of {len(examples)} examples of {task} {split} have no features in {settings.features}:"
                                     f" {data.named(absent)}")
-                places = [(found[image_set][0], ids[image_set][key]) for image_set, key in (e.image for e in examples)]
+                images = [(found[image_set][0], found[image_set][1][key]) for image_set, key in (e.image for e in examples)]
                 if settings.vision == "shuffled":                            # answers from the question alone: what a prior can do
-                    places = [places[i] for i in np.random.default_rng([settings.seed, len(places)]).permutation(len(places))]
-                for row, place in zip(rows[task][split], places):
-                    row.image = place
+                    images = [images[i] for i in np.random.default_rng([settings.seed, len(images)]).permutation(len(images))]
+                for row, image in zip(rows[task][split], images):
+                    row.image = image
     return width, mark
 
 
@@ -261,18 +266,25 @@ def gather_images(rows):
 
 
 def draw_tasks(counts, steps, temperature, seed):
-    """Numbers of training rows -> the task (its number) of each step, drawn with p ~ rows^(1/temperature)."""
-    share = np.array(counts) ** (1 / temperature)
-    return np.random.default_rng([seed, 0]).choice(len(counts), size=steps, p=share / share.sum())
+    """Numbers of training rows -> the task (its number) of each step, drawn with p ~ rows^(1/temperature) [T = 2: R]."""
+    weights = np.array(counts) ** (1 / temperature)
+    return np.random.default_rng([seed, 0]).choice(len(counts), size=steps, p=weights / weights.sum())
+
+
+@dataclasses.dataclass
+class Batch:
+    task: str
+    numbers: list         # which of the task's training rows (from 0), of all processes together
+    input_ids: object     # tensor [B, S], 0 where padded
+    labels: object        # tensor [B, T], -100 where padded
+    features: object      # tensor [B, N, V], or None
+    share: float          # with one process 1; with several, how many times its own mean loss counts in their average, so that this is
+                          # the mean over all tokens of the batch: tokens of its rows / tokens of all rows * processes
 
 
 def make_batches(rows, settings):
-    """-> number of steps, and batch(step) -> task name, input ids [B, S], labels [B, T], features [B, N, V] or None, share. A
-    function of seed and step alone, so that a resumed run sees what the uninterrupted one would have seen.
-
-    Of several processes each gets its own rows of the same batch; share is what its mean loss counts for, so that the mean over
-    the processes is the mean over all tokens of the batch: 1 of a single process, 0 of one that the last batch has no row for.
-    """
+    """-> number of steps, and batch(step) -> Batch: a function of seed and step alone, so that a resumed run sees what the uninterrupted
+    one would have seen. Of several processes each gets its own rows of the same batch."""
     rows = {name: by_split["train"] for name, by_split in rows.items()}
     names, size = list(rows), settings.batch_size
     per_epoch = {name: -(-len(rows[name]) // size) for name in names}
@@ -285,17 +297,18 @@ def make_batches(rows, settings):
         return data.plan_epoch(lengths[names[turn]], size, [settings.seed, 1 + turn, epoch])
 
     def batch(step):
-        turn = turns[step]
-        epoch, place = divmod(int(np.sum(turns[:step] == turn)), per_epoch[names[turn]])
-        chosen = [rows[names[turn]][i] for i in plan(int(turn), epoch)[place]]
+        turn = int(turns[step])
+        epoch, position = divmod(int(np.sum(turns[:step] == turn)), per_epoch[names[turn]])
+        numbers = plan(turn, epoch)[position].tolist()
+        chosen = [rows[names[turn]][i] for i in numbers]
         draws = np.random.default_rng([settings.seed, 2**20, step]).random(len(chosen))  # which of its answers each row is to learn
         targets = [row.draw_target(draw) for row, draw in zip(chosen, draws)]
         tokens, own = sum(map(len, targets)), slice(RANK, None, WORLD)
         share = WORLD * sum(map(len, targets[own])) / tokens
-        chosen, targets = chosen[own] or chosen[:1], targets[own] or targets[:1]
+        chosen, targets = chosen[own] or chosen[:1], targets[own] or targets[:1]         # no row left for this process: any, with share 0
         ids = torch.from_numpy(data.pad([row.source for row in chosen], 0))
         labels = torch.from_numpy(data.pad(targets, -100))
-        return names[turn], ids, labels, gather_images(chosen), share
+        return Batch(names[turn], numbers, ids, labels, gather_images(chosen), share)
 
     return steps, batch
 
@@ -363,27 +376,28 @@ def leave_first(message, code):
     sys.exit(code) if RANK else data.leave(message, code)
 
 
-def progress_bar(**more):
-    return tqdm(disable=None if RANK == 0 else True, **more)
-
-
 # ------------------------------------------------------------------------------------------------------ evaluation
+
+def longest_answer(tokenizer, task):
+    """-> the most tokens that an answer may have, the beams to look for it with."""
+    if isinstance(task, data.ImageTask) and not task.labels:                 # answers in free words
+        return task.max_answer, task.beams
+    # An answer that has not ended one token after the longest right one is none of them: longer ones are not asked for.
+    words = task.labels.values() or [data.stsb_target(i / 5) for i in range(26)]
+    return max(len(tokenizer.encode(word)) for word in words), 1
+
 
 def answer(model, tokenizer, task, rows, stop):
     """Rows -> answers as texts, or None when the user stops it. The task's generated weights are made once; several processes
     share the batches out, and do not look at `stop`, which may be meant for one of them."""
     model.eval()
     device = next(model.parameters()).device
-    # An answer that has not ended one token after the longest label word is none of them: longer ones are not asked for.
-    words = list(task.labels.values()) or [data.stsb_target(i / 5) for i in range(26)]
-    longest, beams = max(len(tokenizer.encode(word)) for word in words), 1
-    if task.name in data.IMAGE_TASKS and not task.labels:                    # answers in free words
-        longest, beams = task.max_answer, task.beams
+    longest, beams = longest_answer(tokenizer, task)
     order, texts = np.argsort([len(row.source) for row in rows], kind="stable"), {}
     with torch.no_grad():
         sites = model.generate_sites(task.name)
         starts = range(EVAL_BATCH * RANK, len(order), EVAL_BATCH * WORLD)
-        for start in progress_bar(iterable=starts, desc=f"evaluate {task.name}", leave=False):
+        for start in tqdm(starts, desc=f"evaluate {task.name}", leave=False, disable=True if RANK else None):
             if stop and WORLD == 1:
                 return None
             chosen = order[start:start + EVAL_BATCH]
@@ -397,33 +411,28 @@ def answer(model, tokenizer, task, rows, stop):
     return [texts[i] for i in range(len(rows))]
 
 
-def answer_all(model, tokenizer, tasks, rows, names, stop, known):
-    """-> {(task, split): texts} on the named splits, or None when the user stops it; `known` is what is there already."""
-    answers = {}
-    for place in ((name, split) for name in tasks for split in rows[name] if split in names):
-        answers[place] = known.get(place) or answer(model, tokenizer, tasks[place[0]], rows[place[0]][place[1]], stop)
-        if answers[place] is None:
-            return None
-    return answers
-
-
-def score_all(tasks, splits, answers):
-    """-> {task: {split: {metric: value}}}"""
-    metrics = {name: {} for name in tasks}
-    for (name, split), texts in answers.items():
-        metrics[name][split] = data.score(tasks[name], texts, splits[name][split])
-    return metrics
+def answer_all(model, tokenizer, tasks, splits, rows, names, stop, known):
+    """-> {(task, split): texts} on the named splits, {task: {split: {metric: value}}}; or None, None when the user stops it.
+    `known`: answers that are there already, as the first."""
+    answers, metrics = {}, {name: {} for name in tasks}
+    for name, task in tasks.items():
+        for split in (split for split in rows[name] if split in names):
+            texts = known.get((name, split)) or answer(model, tokenizer, task, rows[name][split], stop)
+            if texts is None:
+                return None, None
+            answers[name, split], metrics[name][split] = texts, data.score(task, texts, splits[name][split])
+    return answers, metrics
 
 
 def averages(tasks, metrics, split):
-    """Of {task: {split: {metric: value}}} those by which checkpoints are chosen -> {"metrics": their mean, on GLUE the published average
-    over 11; "tasks": the mean over tasks of each one's own mean}."""
+    """{task: {split: {metric: value}}} -> means of those metrics that choose the checkpoint: {"metrics": over all of them, on GLUE the
+    average over 11 that papers print [X]; "tasks": over the tasks, each with its own mean. CIDEr, 0 to 10, counts as it is [C]}."""
     values = [[metrics[name][split][metric] for metric in task.metrics] for name, task in tasks.items()]
     return {"metrics": float(np.mean(sum(values, []))), "tasks": float(np.mean([np.mean(part) for part in values]))}
 
 
 def answer_loss(model, name, rows):
-    """Rows of a task -> logits [B, T, V] of each one's (first) right answer, their loss, the answers [B, T]."""
+    """Rows of a task -> logits [B, T, vocabulary] of each one's (first) right answer, their loss, the answers [B, T]."""
     tensors = torch.from_numpy(data.pad([r.source for r in rows], 0)), torch.from_numpy(data.pad([r.targets[0] for r in rows], -100)), gather_images(rows)
     ids, labels, features = (None if tensor is None else tensor.to(model.layer_ids.device) for tensor in tensors)
     return *model(ids, ids != 0, labels, name, features=features), labels
@@ -431,7 +440,7 @@ def answer_loss(model, name, rows):
 
 @torch.no_grad()
 def count_right(logits, labels):
-    """Logits [B, T, V], labels [B, T] -> rows whose every token of the answer is the likeliest: a tensor, so that a GPU is not waited for."""
+    """Logits [B, T, vocabulary], labels [B, T] -> rows whose every token of the answer is the likeliest: a tensor, so that a GPU is not waited for."""
     told = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]        # [B, T]
     return ((told == logits.amax(2)) | (labels < 0)).all(1).sum()            # on a CPU argmax takes ten times as long; ties are right
 
@@ -523,7 +532,7 @@ def read_run(folder):
 @torch.no_grad()
 def start_from(model, rows, marks, settings):
     """Copy what another run has trained (--init-from). A task's own part is taken from the run's task of that name, from --init-task,
-    or from the nearest one: that with which the loss on the new task's first training rows is the least [C]."""
+    or from the nearest one: that with which the loss on some of the new task's training rows is the least [a similar task: R, X; this way: C]."""
     folder = Path(settings.init_from)
     record = read_run(folder)
     old, own = record["tasks"], json.loads(json.dumps(dataclasses.asdict(model.config)))
@@ -547,13 +556,23 @@ def start_from(model, rows, marks, settings):
 
     model.eval()
     for task in model.tasks if by_task else []:
-        first, losses = rows[task]["train"][:EVAL_BATCH], {}
-        for source in [settings.init_task] if settings.init_task else [task] if task in old else old:
+        candidates = [task] if task in old else old
+        if settings.init_task:
+            candidates = [settings.init_task]
+        first = data.draw_rows(rows[task]["train"], EVAL_BATCH, settings.seed)           # files may be sorted by label
+        losses = {}
+        for source in candidates:
             place(task, source)
             losses[source] = answer_loss(model, task, first)[1].item()
-        place(task, min(losses, key=losses.get))
-        print(f"{task} begins as {min(losses, key=losses.get)}; loss on {len(first)} training rows:"
-              f" {', '.join(f'{k} {v:.3f}' for k, v in losses.items())}")
+        nearest = min(losses, key=losses.get)
+        place(task, nearest)
+        shown = ", ".join(f"{source} {loss:.3f}" for source, loss in losses.items())
+        print(f"{task} begins as {nearest}; loss on {len(first)} training rows: {shown}")
+
+
+def pack_sites(sites):
+    """Sites of a task without images -> {name: tensor}, such as "encoder FFN.3.up_bias"."""
+    return {f"{kind}.{layer}.{name}": tensor for (kind, layer), site in sites.items() for name, tensor in zip(site.names, *site.parts)}
 
 
 def export(model, tasks, mark, settings):
@@ -564,8 +583,7 @@ def export(model, tasks, mark, settings):
                         f" whose weights differ from image to image: {', '.join(task for task in tasks if task not in data.IMAGE_TASKS)}")
     model.t5.dtype = torch.float32                                           # as they are generated, not as a bf16 run uses them
     with torch.no_grad():
-        sites = model.generate_sites(name)
-    tensors = {f"{kind}.{layer}.{part}": tensor for (kind, layer), site in sites.items() for part, tensor in zip(site.names, *site.parts)}
+        tensors = pack_sites(model.generate_sites(name))
     tensors |= {public_name(key.removeprefix("t5.")): p for key, p in model.trained().items() if key.startswith("t5.")}
     save_tensors(Path(settings.export), tensors, dict(task=name, method=settings.method, backbone=mark))
     print(f"{settings.export}: {name}, {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} deployed parameters (float32)")
@@ -598,12 +616,13 @@ def load_exported(path, t5):
 
 # ------------------------------------------------------------------------------------------------------------ loop
 
-def read_log(path, last_step):
-    """-> the lines of log.jsonl up to a step; a crash may have left a torn line at the end."""
+def read_log(path, last_step, last_evaluated=math.inf):
+    """-> the lines of log.jsonl up to a step, and up to the last evaluation that was saved. A crash may have left others, and a torn one."""
     kept = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] > last_step:
+            row = json.loads(line)
+            if row["step"] > (last_evaluated if "validation" in row else last_step):
                 break
         except (ValueError, KeyError, TypeError):
             break
@@ -627,30 +646,55 @@ def peak_memory_mb():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
+def steps_between_evaluations(steps, settings):
+    if settings.eval_every:
+        return settings.eval_every
+    return max(1, steps // 8 if settings.steps else round(steps / settings.epochs))
+
+
+def step_once(model, together, batch, optimiser, settings, at):
+    """One step on a Batch: forward, backward, clip, update. `together`: the model, or what joins the gradients of several processes;
+    `at`: where in the run, for a message -> loss, rows answered right (tensors)."""
+    device = model.layer_ids.device
+    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    features = None if batch.features is None else batch.features.to(device)
+    logits, loss = together(input_ids, input_ids != 0, labels, batch.task, settings.label_smoothing, features)
+    (batch.share * loss).backward()
+    norm = torch.nn.utils.clip_grad_norm_(list(model.trained().values()), GRADIENT_CLIP)
+    if not torch.isfinite(norm):
+        raise UserError(f"{at}, task {batch.task}, training rows {data.named(map(str, batch.numbers))} (from 0): loss {loss.item()},"
+                        f" gradient norm {norm.item()}: the run diverged; the last good checkpoint stays in {settings.out}; start again in"
+                        " another --out with a lower --lr or a longer warm-up")
+    optimiser.step()
+    optimiser.zero_grad()
+    return loss.detach(), count_right(logits, labels)
+
+
 def train(model, tokenizer, tasks, splits, rows, settings, stop):
     """The loop: evaluate and save when it is time, stop when asked, else one step -> the answers of the best evaluation, as
     answer_all gives them; none where it was before a --resume."""
-    out = Path(settings.out)
+    out, log_path = Path(settings.out), Path(settings.out) / "log.jsonl"
     steps, batch = make_batches(rows, settings)
-    eval_every = settings.eval_every or max(1, round(steps / settings.epochs) if not settings.steps else steps // 8)
-    parameters, device = list(model.trained().values()), next(model.parameters()).device
-    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
+    eval_every = steps_between_evaluations(steps, settings)
+    optimiser = torch.optim.AdamW(model.trained().values(), lr=settings.lr, weight_decay=0.0, fused=True)      # [R: AdamW, no decay]
     # Metrics are at least -1. Of the `seen` training rows since the last row of the log `right` were answered right.
     progress, best_answers = dict(step=0, evaluated=0, best_step=0, best=-2.0, right=0, seen=0), {}
-    log_path = out / "log.jsonl"
     if settings.resume:
         progress = load_last(out / "last.safetensors", model, optimiser)
-        write_first(log_path, "".join(line + "\n" for line in read_log(log_path, progress["step"])).encode())
+        kept = read_log(log_path, progress["step"], progress["evaluated"])
+        write_first(log_path, "".join(line + "\n" for line in kept).encode())
         print(f"resumed at step {progress['step']} of {steps}")
     else:
         save_last(out / "last.safetensors", model, optimiser, progress)      # from here on there is something to resume
-    together = model if WORLD == 1 else DistributedDataParallel(
-        model, [device] if device.type == "cuda" else None, broadcast_buffers=False, find_unused_parameters=len(tasks) > 1)
-    bar = progress_bar(total=steps, initial=progress["step"], unit="step")
-    log = open(log_path if RANK == 0 else os.devnull, "ab", buffering=0)
+    device, together = model.layer_ids.device, model
+    if WORLD > 1:
+        together = DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False,
+                                           find_unused_parameters=len(tasks) > 1)
     if RANK:
         progress.update(right=0, seen=0)                                     # the first process has those of all
-    examples, since, right = 0, time.perf_counter(), torch.tensor(progress["right"], device=device)
+    right = torch.tensor(progress["right"], device=device)                   # on the device, so that no step waits for it
+    log = open(log_path if RANK == 0 else os.devnull, "ab", buffering=0)
+    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=True if RANK else None)
 
     def note(**row):
         try:
@@ -662,13 +706,14 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
         rights, seen = map(sum, zip(*gather((int(right), progress["seen"]))))
         save_last(out / "last.safetensors", model, optimiser, {**progress, "right": rights, "seen": seen})
 
+    examples, since = 0, time.perf_counter()                                 # for the rate of the steps since then
     while True:
         step = progress["step"]
+
         if step > progress["evaluated"] and (step % eval_every == 0 or step == steps):
-            answers = answer_all(model, tokenizer, tasks, rows, ["validation"], stop, {})
+            answers, result = answer_all(model, tokenizer, tasks, splits, rows, ["validation"], stop, {})
             if answers is not None:
-                result = score_all(tasks, splits, answers)
-                mean = averages(tasks, result, "validation")["tasks"]
+                mean = averages(tasks, result, "validation")["tasks"]        # chooses the checkpoint [X: HyperFormer]
                 if mean > progress["best"]:
                     progress.update(best=mean, best_step=step)
                     best_answers = answers
@@ -678,46 +723,47 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
                 tqdm.write(f"step {step} of {steps}   {show(result)}")
                 save_progress()
             examples, since = 0, time.perf_counter()
-        stopping = stop if WORLD == 1 else sum(gather(stop), []) if step % LOG_EVERY == 0 else []   # all stop at the same step
+
+        stopping = list(stop)
+        if WORLD > 1:                                                        # all stop at the same step: look now and then, together
+            stopping = sum(gather(stop), []) if step % LOG_EVERY == 0 else []
         if stopping:
             save_progress()
             bar.close()
             leave_first(f"stopped at step {step}; go on with: python train.py --out {out} --resume", 128 + stopping[0])
         if step == steps:
             break
+
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, settings)
-        name, *tensors, share = batch(step)
-        input_ids, labels, features = (None if tensor is None else tensor.to(device) for tensor in tensors)
-        logits, loss = together(input_ids, input_ids != 0, labels, name, settings.label_smoothing, features)
-        (share * loss).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
-        if not torch.isfinite(norm):
-            raise UserError(f"step {step + 1}, task {name}: loss {loss.item()}, gradient norm {norm.item()}: the run diverged; "
-                            f"the last good checkpoint stays in {out}; start again in another --out with a lower --lr or a longer warm-up")
-        optimiser.step()
-        optimiser.zero_grad()
+        now = batch(step)
+        loss, rows_right = step_once(model, together, now, optimiser, settings, f"step {step + 1}")
         progress["step"] += 1
         bar.update()
-        if share:
-            right += count_right(logits, labels)
-            progress["seen"] += len(input_ids)
-            examples += len(input_ids)
+        if now.share:
+            right += rows_right
+            progress["seen"] += len(now.input_ids)
+            examples += len(now.input_ids)
+
         if progress["step"] % LOG_EVERY == 0:
-            losses, rights, seen, examples = map(sum, zip(*gather((share / WORLD * loss.item(), int(right), progress["seen"], examples))))
+            # Sums over the processes; of one process these are its own numbers.
+            own = now.share / WORLD * loss.item(), int(right), progress["seen"], examples
+            mean_loss, rights, seen, examples = map(sum, zip(*gather(own)))
             rate = examples / (time.perf_counter() - since)
-            row = dict(step=progress["step"], task=name, loss=round(losses, 5), accuracy=round(rights / seen, 5),
+            row = dict(step=progress["step"], task=now.task, loss=round(mean_loss, 5), accuracy=round(rights / seen, 5),
                        lr=optimiser.param_groups[0]["lr"], examples_per_s=round(rate, 1), peak_memory_mb=peak_memory_mb())
             note(**row)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}, {rate:.0f} examples/s, {row['peak_memory_mb']} MB, "
-                                f"best {max(progress['best'], 0):.3f}")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.3f}, {rate:.0f} examples/s,"
+                                f" {row['peak_memory_mb']} MB, best {max(progress['best'], 0):.3f}")
             examples, since = 0, time.perf_counter()
             right.zero_()
             progress["seen"] = 0
     bar.close()
     return best_answers
 
+
+# ------------------------------------------------------------------------------------------------------------ runs
 
 def main():
     try:
@@ -768,8 +814,8 @@ def prepare(settings, saved):
         images, width, feature_mark = open_features(settings, list(saved["image_sets"]))
     else:
         width, feature_mark = load_images(settings, splits, rows)
-    place = device.type + f" x {WORLD}" * (WORLD > 1)
-    marks = {"backbone": backbone_mark(t5), "data": data_mark(rows), **feature_mark, "device": place}
+    devices = device.type if WORLD == 1 else f"{device.type} x {WORLD}"
+    marks = {"backbone": backbone_mark(t5), "data": data_mark(rows), **feature_mark, "device": devices}
     unchecked = {"device": not settings.resume, "data": without_data}
     for what in (what for what in marks if settings.existing_run and not unchecked.get(what)):
         if saved["fingerprints"].get(what) != marks[what]:
@@ -790,13 +836,13 @@ def run_once(settings):
     saved = read_run(out) if settings.existing_run else {}
     tokenizer, tasks, splits, rows, images, model, marks = prepare(settings, saved)
     trained, whole = (sum(p.numel() for p in part) for part in (model.trained().values(), model.t5.parameters()))
-    share = f"{trained:,} trained parameters, {trained / whole:.1%} of the T5's"
+    size = f"{trained:,} trained parameters, {trained / whole:.1%} of the T5's"
     if settings.ask:
         load_best(out / "best.safetensors", model)
         return ask(model, tokenizer, tasks, images, settings)
     if settings.export:
         load_best(out / "best.safetensors", model)
-        print(f"{settings.method}: {share}")
+        print(f"{settings.method}: {size}")
         return export(model, tasks, marks["backbone"], settings)
     training = settings.resume or not settings.existing_run
     if training:
@@ -813,24 +859,23 @@ def run_once(settings):
                       hyperpelt=dataclasses.asdict(model.config), torch=torch.__version__)
         write_first(out / "config.json", json.dumps(record, indent=1).encode() + b"\n")
     introduce(model.t5, splits, settings)
-    print(f"{settings.method}, {settings.precision}, {model.layer_ids.device.type}: {share}")
+    print(f"{settings.method}, {settings.precision}, {model.layer_ids.device.type}: {size}")
     if settings.predict:
         load_best(out / "best.safetensors", model)
         return predict(model, tokenizer, tasks, splits, rows, settings)
     stop = data.catch_signals()
     known = train(model, tokenizer, tasks, splits, rows, settings, stop) if training else {}
     best_step = evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known)
-    print(f"{share}; best step {best_step:,}, saved in {out}; {time.perf_counter() - started:.0f} s")
+    print(f"{size}; best step {best_step:,}, saved in {out}; {time.perf_counter() - started:.0f} s")
 
 
 def evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known):
     """The best checkpoint on every split with labels, into metrics.json and on the screen -> its step; `known` as in answer_all."""
     out = Path(settings.out)
     best_step = load_best(out / "best.safetensors", model)
-    answers = answer_all(model, tokenizer, tasks, rows, ["validation", "test", "mismatched"], stop, known)
+    answers, metrics = answer_all(model, tokenizer, tasks, splits, rows, ["validation", "test", "mismatched"], stop, known)
     if answers is None:
         leave_first(f"stopped; evaluate with: python train.py --out {out} --eval-only", 128 + stop[0])
-    metrics = score_all(tasks, splits, answers)
     majority = {name: {split: data.majority(tasks[name], splits[name]["train"], splits[name][split]) for split in by_split}
                 for name, by_split in metrics.items()}
     shared = [split for split in ("validation", "test") if all(split in by_split for by_split in metrics.values())]
@@ -847,7 +892,8 @@ def predict(model, tokenizer, tasks, splits, rows, settings):
     """Write a GLUE submission file for a split of every task (mnli: one for each genre set), or an image task's results file."""
     for task in tasks.values():
         if settings.predict != "submission" and settings.predict not in splits[task.name]:
-            raise UserError(f"--predict {settings.predict}: with --split official there are only {', '.join(splits[task.name])} and submission")
+            raise UserError(f"--predict {settings.predict}: found no such split of {task.name} with --split {settings.split};"
+                            f" expected {', '.join(splits[task.name])} or submission")
         files = {settings.predict: f"{task.folder}-{settings.predict}.tsv"}
         if task.name in data.IMAGE_TASKS:
             files = {settings.predict: f"{settings.predict}-{task.results}"}
@@ -899,16 +945,17 @@ def report(tasks, splits, answers, metrics, majority, means, settings):
     for name, task in tasks.items():
         split = "test" if (name, "test") in answers else "validation"
         texts, examples = answers[name, split], splits[name][split]
-        pairs = [(examples[i], texts[i]) for i in np.random.default_rng(settings.seed).permutation(len(texts))[:5]]
-        print(f"\n{len(pairs)} of the {len(texts):,} answers of {name}, {split}:")
-        for example, text in pairs:
+        drawn = np.random.default_rng(settings.seed).permutation(len(texts))[:5]
+        print(f"\n{len(drawn)} of the {len(texts):,} answers of {name}, {split}:")
+        for example, text in ((examples[i], texts[i]) for i in drawn):
             right = data.rightness(task, text, example)
             mark = "" if right is None else {0: "(wrong) ", 1: "(right) "}.get(right, f"({right:.1f} right) ")
             lines = [*zip(task.fields, example.parts[1::2]), ("image", ":".join(example.image or "")),
                      ("predicted", text or "(nothing)"), ("gold", mark + example.target)]
             print("\n" + align([(f"  {field}", textwrap.shorten(value, 120, placeholder=" ...")) for field, value in lines if value]))
-    example = min((example for example, _ in pairs), key=lambda example: len(example.source))
-    asked = [name] * (len(tasks) > 1) + example.parts[1::2] + [":".join(example.image or "")] * bool(example.image)
+        shortest = min((examples[i] for i in drawn), key=lambda example: len(example.source))
+        asked = [*shortest.parts[1::2], *([":".join(shortest.image)] if shortest.image else [])]
+    asked = [name, *asked] if len(tasks) > 1 else asked                      # the last task's
     print(f"\nask it:    python train.py --out {settings.out} --ask {shlex.join(asked)}")
     print(f"evaluate:  python train.py --out {settings.out} --eval-only")
 
@@ -927,7 +974,7 @@ def find_image(images, text, settings):
 @torch.no_grad()
 def ask(model, tokenizer, tasks, images, settings):
     """Print the answer to --ask, and of a task with label words the probability of each."""
-    inputs = {name: [*task.fields, *["image id"] * (name in data.IMAGE_TASKS)] for name, task in tasks.items()}
+    inputs = {name: [*task.fields, "image id"] if name in data.IMAGE_TASKS else [*task.fields] for name, task in tasks.items()}
     texts, image = settings.ask, find_image(images, settings.ask[-1], settings)
     if len(texts) > 1 and texts[0] in tasks:
         inputs, texts = {texts[0]: inputs[texts[0]]}, texts[1:]
@@ -945,9 +992,9 @@ def ask(model, tokenizer, tasks, images, settings):
     print(" ".join(parts) + (f"   [{image[1]}]" if visual else ""))
     print(answer(model, tokenizer, task, rows[:1], [])[0])
     if words:
-        logits, _, labels = answer_loss(model, name, rows)                                                        # [words, T, V]
-        told = logits.float().log_softmax(2).gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0] * (labels >= 0)  # [words, T]
-        print(align([(f"  {word}", f"{chance:.4f}") for word, chance in zip(words, told.sum(1).softmax(0).tolist())]))
+        logits, _, labels = answer_loss(model, name, rows)                                           # [words, T, vocabulary]
+        surprise = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")       # [words, T]
+        print(align([(f"  {word}", f"{chance:.4f}") for word, chance in zip(words, (-surprise.sum(1)).softmax(0).tolist())]))
 
 
 def table(folders):
@@ -956,19 +1003,20 @@ def table(folders):
     runs = []
     for folder in map(Path, folders):
         runs += [folder] if (folder / "config.json").exists() else sorted(folder.glob("seed-*")) or [folder]
-    columns, groups = {}, {}                            # {task: heading}, {settings: {seed: {task: (values, trained, share)}}}
+    columns, groups = {}, {}      # {(task, split): heading}, {settings: {seed: {(task, split): (values, trained, share of the T5)}}}
     for run in runs:
         config, metrics = read_run(run), data.read_json(run / "metrics.json", "average")
         settings = {k: v for k, v in config["settings"].items() if k not in ("out", "seed", "data_dir", "features")}
         settings["task"] = settings["task"] if len(config["tasks"]) > 1 else "one each"
         trained = config["trained_parameters"] / len(config["tasks"])
-        by_task = groups.setdefault(json.dumps(settings), {}).setdefault(config["settings"].get("seed"), {})
+        results = groups.setdefault(json.dumps(settings), {}).setdefault(config["settings"].get("seed"), {})
         for name, task in ((name, data.find_task(name)) for name in config["tasks"]):
             split = "test" if "test" in metrics.get(name, {}) else "validation"
             if any(type(metrics.get(name, {}).get(split, {}).get(metric)) is not float for metric in task.metrics):
                 raise UserError(f"{run}/metrics.json: {name}: {split}: expected {', '.join(task.metrics)} as numbers")
-            columns[name] = f"{name} {', '.join(task.metrics)}, {split}"
-            by_task[name] = [metrics[name][split][metric] for metric in task.metrics], trained, trained / config["backbone_parameters"]
+            columns[name, split] = f"{name} {', '.join(task.metrics)}, {split}"
+            values = [metrics[name][split][metric] for metric in task.metrics]
+            results[name, split] = values, trained, trained / config["backbone_parameters"]
 
     def percent(values):
         if len(values) < 2:
@@ -983,10 +1031,11 @@ def table(folders):
         label = own["method"] + "".join(f", {k} {v}" for k, v in own.items() if any(other.get(k) != v for other in others))
         _, trained, shares = zip(*first.values())
         line = [label, f"{sum(trained):,.0f}", f"{sum(shares):.2%}", str(len(by_seed))]
-        for name in columns:
-            values = [by_task[name][0] for by_task in by_seed.values() if name in by_task]      # [seeds][metrics]
+        for column in columns:
+            values = [results[column][0] for results in by_seed.values() if column in results]      # [seeds][metrics]
             line.append(" / ".join(map(percent, zip(*values))) or "-")
-        whole = [[by_task[name][0] for name in columns] for by_task in by_seed.values() if by_task.keys() == columns.keys()]
+        whole = [[values for values, *_ in results.values()] for results in by_seed.values()          # of those who have all tasks
+                 if {name for name, _ in results} == {name for name, _ in columns}]
         line.append(percent([np.mean(sum(values, [])) for values in whole]))
         line.append(percent([np.mean([np.mean(v) for v in values]) for values in whole]))
         lines.append(line)
@@ -1013,7 +1062,7 @@ def draw(model, tasks, majority, out):
         from matplotlib.figure import Figure
     except ImportError:
         return print("for curves.png: pip install matplotlib")
-    if log := [json.loads(line) for line in read_log(out / "log.jsonl", float("inf"))]:
+    if log := [json.loads(line) for line in read_log(out / "log.jsonl", math.inf)]:
         steps, evaluations = [row for row in log if "loss" in row], [row for row in log if "validation" in row]
         figure = Figure(figsize=(12, 4.5), layout="constrained")
         for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):

@@ -156,7 +156,7 @@ def test_not_a_number(what, broken, whole, checkpoint, glue, tmp_path):
     """A gradient or a loss that is no number stops the run before the weights see it."""
     out = tmp_path / "run"
     done = execute("-c", "import os, torch, train, data\n" + broken + "\ndata.run(train.main)", *command(checkpoint, glue, out, *OFTEN)[1:])
-    assert done.returncode == 2 and re.match(r"error: step 1, task rte: loss \S+, gradient norm (nan|inf)", done.stderr) and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and re.match(r"error: step 1, task rte, training rows (\d+, ){5}... \(from 0\): loss \S+, gradient norm (nan|inf)", done.stderr) and done.stderr.count("\n") == 1
     with safe_open(out / "last.safetensors", framework="pt") as file:
         assert all(file.get_tensor(key).isfinite().all() for key in file.keys())
 

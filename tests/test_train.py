@@ -151,16 +151,16 @@ def test_batches_are_a_function_of_seed_and_step():
     rows = {"a": {"train": [data.Row(np.array([i, 1]), [np.array([1])], np.ones(1)) for i in range(10, 30)]}}
     steps, batch = train_module.make_batches(rows, Settings)
     assert steps == 10
-    seen = torch.cat([batch(step)[1][:, 0] for step in range(5)])
+    seen = torch.cat([batch(step).input_ids[:, 0] for step in range(5)])
     assert sorted(seen.tolist()) == list(range(10, 30))
-    again = torch.cat([train_module.make_batches(rows, Settings)[1](step)[1][:, 0] for step in range(5)])
+    again = torch.cat([train_module.make_batches(rows, Settings)[1](step).input_ids[:, 0] for step in range(5)])
     assert torch.equal(seen, again)
     counts = dict(cola=8551, sst2=66349, mrpc=3668, qqp=362846, stsb=5749, mnli=391702, qnli=103743, rte=2490)
     expected = dict(cola=.109, sst2=.134, mrpc=.100, qqp=.158, stsb=.105, mnli=.159, qnli=.140, rte=.096)
     one = data.Row(np.array([5, 1]), [np.array([1])], np.ones(1))
     Settings.steps = 20_000
     steps, batch = train_module.make_batches({name: {"train": [one] * count} for name, count in counts.items()}, Settings)
-    drawn = [batch(step)[0] for step in range(0, 20_000, 10)]
+    drawn = [batch(step).task for step in range(0, 20_000, 10)]
     for name, share in expected.items():
         assert abs(drawn.count(name) / len(drawn) - share) < 4 * math.sqrt(share / len(drawn))
 
@@ -239,7 +239,7 @@ def test_wrong_command_lines(checkpoint, glue, tmp_path, monkeypatch):
 
 def test_divergence_stops_the_run(checkpoint, glue, tmp_path):
     _, error = run(*command(checkpoint, glue, tmp_path / "run", "--steps", 50, "--lr", 1e8, "--warmup-steps", 0), ok=False)
-    assert re.search(r"step \d+, task rte: loss .* diverged", error)
+    assert re.search(r"step \d+, task rte, training rows (\d+, ){5}... \(from 0\): loss .* diverged", error)
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run" / "last.safetensors").values())
 
 

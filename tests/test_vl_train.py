@@ -160,11 +160,11 @@ def test_one_of_several_answers_is_drawn():
     class Settings:
         batch_size, steps, epochs, temperature, seed = 8, 500, 0.0, 2.0, 0
     _, batch = train_module.make_batches({"vqa": {"train": rows}}, Settings)
-    drawn = torch.cat([batch(step)[2][:, 0] for step in range(500)])
+    drawn = torch.cat([batch(step).labels[:, 0] for step in range(500)])
     counts = [(drawn == ord(c)).float().mean().item() for c in "abc"]
     assert np.allclose(counts, [0.6, 0.2, 0.2], atol=0.03)
     again = train_module.make_batches({"vqa": {"train": rows}}, Settings)[1]
-    assert all(torch.equal(batch(step)[2], again(step)[2]) for step in (3, 77)) and not torch.equal(batch(3)[2], batch(4)[2])
+    assert all(torch.equal(batch(step).labels, again(step).labels) for step in (3, 77)) and not torch.equal(batch(3).labels, batch(4).labels)
 
 
 def test_images_of_rows(tmp_path):
