@@ -34,10 +34,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data import Parser, UserError, catch_signals, digest, in_range, leave, parse_json, read_json, read_tensors, run, write_whole
+from data import Parser, UserError, catch_signals, digest, in_range, leave, parse_json, read_json, read_safetensors, read_tensors, run, write_whole
 
 FILES = ["model.safetensors", "open_clip_model.safetensors"]
 TEXT_HALF = ("text_model.", "text_projection", "logit_scale", "logit_bias", "positional_embedding", "token_embedding.",
@@ -224,11 +223,8 @@ def load_encoder(folder):
     if not paths:
         raise UserError(f"{folder}: found neither {FILES[0]} nor {FILES[1]}; older formats of weights are not read")
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        tensors, _ = read_safetensors(path, "the weights of a CLIP")
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         for kind, sign in ((VisionTransformer, "vision_model."), (ModifiedResNet, "visual.layer1.")):
             if any(name.startswith(sign) for name in shapes):
                 return read_encoder(kind, shapes, path), path

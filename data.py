@@ -164,22 +164,27 @@ def read_text(path):
         raise UserError(f"{path}: line {raw.count(10, 0, error.start) + 1}: not UTF-8 (byte 0x{raw[error.start]:02x})") from None
 
 
-def read_rows(path, header, short_lines=False):
-    """A tab-separated file without quoting -> (column names or None, list of (line number, list of cells)).
+def read_rows(path, columns, header=True, short_lines=False):
+    """A tab-separated file without quoting -> list of (line number, {column: cell}), with these columns and, where there is one, index.
+    Without a header columns are called by their numbers from 0.
 
-    Raises UserError where the file is missing, empty, not UTF-8, or has a line with another number of columns.
+    Raises UserError where the file is missing, empty, not UTF-8, lacks a column, or has a line with another number of columns.
     """
     lines = [line.rstrip("\r").split("\t") for line in read_text(path).rstrip("\r\n").split("\n")]
-    names = lines[0] if header else None
     if len(lines) < 1 + header or lines == [[""]]:
         raise UserError(f"{path}: found no rows, expected {'a header and ' if header else ''}at least one row")
+    names = lines[0] if header else list(range(len(lines[0])))
+    for column in columns:
+        if column not in names:
+            raise UserError(f"{path}: found columns {', '.join(map(str, names))}; expected one named {column}")
+    where = {column: names.index(column) for column in [*columns, "index"] if column in names}
     rows = []
     for number, cells in enumerate(lines[header:], 1 + header):
-        if len(cells) == len(lines[0]):
-            rows.append((number, cells))
-        elif not short_lines or len(cells) > len(lines[0]):
-            raise UserError(f"{path}: line {number}: found {len(cells)} columns, expected {len(lines[0])}")
-    return names, rows
+        if len(cells) == len(names):
+            rows.append((number, {column: cells[i] for column, i in where.items()}))
+        elif not short_lines or len(cells) > len(names):
+            raise UserError(f"{path}: line {number}: found {len(cells)} columns, expected {len(names)}")
+    return rows
 
 
 def read_json_lines(path):
@@ -191,11 +196,11 @@ def read_json_lines(path):
 
 
 def read_superglue(path, columns):
-    """SuperGLUE's format, JSON lines -> the same as read_rows, with these columns; true becomes "true"."""
+    """SuperGLUE's format, JSON lines -> the same as read_rows; true becomes "true"."""
     rows = read_json_lines(path)
     for number, row in rows:
         check_entry(path, f"line {number}", row, {column: (str, int, bool) for column in columns})
-    return columns, [(number, [row[c] if type(row[c]) is str else json.dumps(row[c]) for c in columns]) for number, row in rows]
+    return [(number, {c: row[c] if type(row[c]) is str else json.dumps(row[c]) for c in columns}) for number, row in rows]
 
 
 def read_labels(path):
@@ -203,44 +208,36 @@ def read_labels(path):
     rows = []
     for number, line in enumerate(path.read_bytes().decode("latin-1").rstrip().split("\n"), 1):
         kind, _, question = line.partition(" ")
-        rows.append((number, [kind.partition(":")[0], question]))
-    return ["label", "question"], rows
+        rows.append((number, dict(label=kind.partition(":")[0], question=question)))
+    return rows
 
 
 def read_folder(path):
     """IMDB's format, a text a file: path/pos/0_9.txt, path/neg/..., in the order of their names -> the same as read_rows."""
     files = sorted(file for label in ("neg", "pos") for file in (path / label).glob("*.txt"))
-    return ["label", "text"], [(number, [file.parent.name, read_text(file).replace("\n", " ")]) for number, file in enumerate(files, 1)]
+    return [(number, dict(label=file.parent.name, text=read_text(file).replace("\n", " "))) for number, file in enumerate(files, 1)]
 
 
 def read_examples(task, path, labelled=True):
     """One file of a task -> list of Example. Raises UserError naming the line for a wrong column, label or score."""
-    columns, header = list(task.fields.values()), True
+    fields, header = list(task.fields.values()), True
     if not task.header and labelled:                              # CoLA: no header, columns are numbers; its unlabelled file
         header = False                                            # has one, with the fields' own names
     elif not task.header:
-        columns = list(task.fields)
-    columns += [task.column] if labelled else []
+        fields = list(task.fields)
+    columns = [*fields, task.column] if labelled else fields
     if path.is_dir():
-        names, rows = read_folder(path)
+        rows = read_folder(path)
     elif path.suffix == ".label":
-        names, rows = read_labels(path)
+        rows = read_labels(path)
     elif path.suffix == ".jsonl":
-        names, rows = read_superglue(path, columns)
+        rows = read_superglue(path, columns)
     else:
-        names, rows = read_rows(path, header, task.short_lines)
-    names = names or list(range(len(rows[0][1])))
-    for column in columns:
-        if column not in names:
-            raise UserError(f"{path}: found columns {', '.join(map(str, names))}; expected one named {column}")
-    where = [names.index(column) for column in columns]
-    index = names.index("index") if "index" in names else None
+        rows = read_rows(path, columns, header, task.short_lines)
     examples = []
-    for count, (number, cells) in enumerate(rows):
-        parts, gold, target = source_parts(task, [cells[i] for i in where[:len(task.fields)]]), None, ""
-        if labelled:
-            gold, target = read_label(task, cells[where[-1]], f"{path}: line {number}")
-        examples.append(Example(parts, target, gold, str(count) if index is None else cells[index]))
+    for count, (number, row) in enumerate(rows):
+        gold, target = read_label(task, row[task.column], f"{path}: line {number}") if labelled else (None, "")
+        examples.append(Example(source_parts(task, [row[field] for field in fields]), target, gold, row.get("index", str(count))))
     return examples
 
 
@@ -303,9 +300,9 @@ def read_split(task, data_dir, split):
     path, ids = folder / "msr_paraphrase_train.txt", folder / "mrpc_dev_ids.tsv"
     examples = read_examples(task, path)
     if ids.exists():
-        names, rows = read_rows(path, header=True)
-        pairs = {tuple(cells[:2]) for _, cells in read_rows(ids, header=False)[1]}
-        held_out = {i for i, (_, cells) in enumerate(rows) if (cells[1], cells[2]) in pairs}
+        pairs = {(row[0], row[1]) for _, row in read_rows(ids, [0, 1], header=False)}
+        rows = read_rows(path, ["#1 ID", "#2 ID"])
+        held_out = {i for i, (_, row) in enumerate(rows) if (row["#1 ID"], row["#2 ID"]) in pairs}
     else:
         held_out = set(permutation(len(examples))[:task.rows[1]])
         if split == "validation":
@@ -880,34 +877,40 @@ def read_json(path, *parts):
 PUBLIC_TYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
+def read_safetensors(path, what):
+    """A safetensors file -> {name: tensor}, which stay in the file until they are used, its metadata {key: text}. Raises UserError where
+    it is missing or damaged; it should have been `what`."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file, expected {what}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
 def read_tensors(paths, wanted, what, optional=(), passed_by=lambda name: False):
     """safetensors files that are one whole -> {name: tensor}, the (last) file's metadata {key: text}.
 
-    wanted: {name: a tensor of the shape and type that it must have}, where any of the three types of public weights stands for another; all
-    of them must be there but the `optional` ones; a tensor that is not wanted must be `passed_by`. Raises UserError for a missing or damaged
-    file, which should have been `what`, and for every missing, unknown or misshapen tensor.
+    wanted: {name: a tensor of the shape and type that it must have; float32, float16 and bfloat16 may stand for one another}. All of
+    them must be there but the `optional` ones; a tensor that is not wanted must be `passed_by`. Raises UserError as read_safetensors
+    does, and for every missing, unknown or misshapen tensor.
     """
     tensors = {}
     for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file, expected {what}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata, names = file.metadata() or {}, {name: name for name in file.keys()}
-                # Of two names for one tensor transformers stores one; the metadata holds {the other: the stored one}.
-                names |= {other: name for other, name in metadata.items() if name in names and other in wanted and other not in names}
-                for name, stored in names.items():
-                    if name not in wanted:
-                        if not passed_by(name):
-                            raise UserError(f"{path}: tensor {name} is unknown, expected {what}")
-                        continue
-                    tensors[name], expected = file.get_tensor(stored), wanted[name]
-                    if tensors[name].shape != expected.shape:
-                        raise UserError(f"{path}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(expected.shape)}")
-                    if not {tensors[name].dtype, expected.dtype} <= PUBLIC_TYPES and tensors[name].dtype != expected.dtype:
-                        raise UserError(f"{path}: tensor {name} has type {tensors[name].dtype}, expected {expected.dtype}")
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        found, metadata = read_safetensors(path, what)
+        # Of two names for one tensor transformers stores one; the metadata holds {the other: the stored one}.
+        found |= {other: found[name] for other, name in metadata.items() if name in found and other in wanted and other not in found}
+        for name, tensor in found.items():
+            if name in wanted:
+                expected = wanted[name]
+                if tensor.shape != expected.shape:
+                    raise UserError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {list(expected.shape)}")
+                if tensor.dtype != expected.dtype and not {tensor.dtype, expected.dtype} <= PUBLIC_TYPES:
+                    raise UserError(f"{path}: tensor {name} has type {tensor.dtype}, expected {expected.dtype}")
+                tensors[name] = tensor
+            elif not passed_by(name):
+                raise UserError(f"{path}: tensor {name} is unknown, expected {what}")
     for name in sorted(wanted.keys() - tensors.keys() - set(optional)):
         raise UserError(f"{paths[0] if len(paths) == 1 else Path(paths[0]).parent}: tensor {name} is missing, expected {what}")
     return tensors, metadata

@@ -69,7 +69,7 @@ VISION = {  # what an image gives the T5: (visual prefix, visual adapter, tokens
 class HyperPELTConfig:
     method: str = "hyperpelt"       # a key of METHODS
     prefix_length: int = 49         # N [R]: the 7 x 7 cells of an image's features fit it position by position
-    embedding_dim: int = 768        # Z, d_t [R]: this and the next three give the paper's 1.01x, 1.02x and 0.24 % per task
+    embedding_dim: int = 768        # Z, d_t [R]: this and the next three give the printed 1.01x, and 1.02x and 0.24 % per task (R)
     hyper_dim: int = 64             # E, d_I [R]
     projector_dim: int = 128        # Q, hidden width of the projector of eq. (1) [R]
     bottleneck: int = 24            # R, width of an adapter [R]
@@ -409,13 +409,12 @@ class LearnedWeights(nn.Module):
 
 # ------------------------------------------------------------------------------- what is trained: the paper's appendix B
 
+@torch.no_grad()
 def deployed(model):
     """Numbers that are left for all tasks when the generated weights are baked in: prefixes, adapters, layer norms."""
-    c, t = model.config, model.t5.config
-    prefix = 2 * c.prefix_length * t.num_heads * t.d_kv
-    adapter = 2 * c.bottleneck * t.d_model + c.bottleneck + t.d_model
-    norms = sum(p.numel() for name, p in model.trained().items() if name.startswith("t5."))
-    return norms + len(model.tasks) * (len(model.prefix_sites) * prefix + len(model.adapter_sites) * adapter)
+    norms = [p for name, p in model.trained().items() if name.startswith("t5.")]
+    generated = [tensor for task in model.tasks for site in model.generate_sites(task).values() for tensor in site.parts[0]]
+    return sum(tensor.numel() for tensor in norms + generated)
 
 
 def main():

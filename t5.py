@@ -12,7 +12,7 @@ Both are looked up in `sites`, a dict from (block type, layer) to a callable; wi
 Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated feed-forward of v1.1); tensor names as in public checkpoints.
 Shapes: B batch, S source length, T target length, N prefix length, D d_model, H heads, K d_kv, F d_ff; the vocabulary is spelled out.
 """
-import json
+import itertools
 import math
 import os
 import re
@@ -128,15 +128,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids (with or without pad and eos) -> str."""
-        text, run = [], []
-        for i in [*ids, 0]:
-            if i < len(self.pieces) and i not in (0, 1):
-                run.append(int(i))
-                continue
-            text += [self.pieces.decode(run)] if run else []
-            text += [f"<extra_id_{self.first_sentinel - i}>"] if len(self.pieces) <= i <= self.first_sentinel else []
-            run = []
-        return " ".join(text)
+        parts = []
+        known = (int(i) for i in ids if 1 < i <= self.first_sentinel)        # the embedding's last rows stand for nothing
+        for is_sentinel, run in itertools.groupby(known, lambda i: i >= len(self.pieces)):
+            parts += [f"<extra_id_{self.first_sentinel - i}>" for i in run] if is_sentinel else [self.pieces.decode(list(run))]
+        return " ".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -436,7 +432,10 @@ class T5(nn.Module):
             model = cls(T5Config.from_file(folder / "config.json"))
         wanted = {public_name(name): tensor for name, tensor in model.state_dict().items()}
         copies = [name for name in COPIES if name not in wanted]
-        found, _ = read_tensors(weight_files(folder), wanted | dict.fromkeys(copies, model.shared.weight), "the weights of the T5 in config.json",
+        paths = [folder / "model.safetensors"]
+        if not paths[0].exists() and (folder / INDEX).exists():
+            paths = [folder / file for file in shard_names(folder / INDEX)]
+        found, _ = read_tensors(paths, wanted | dict.fromkeys(copies, model.shared.weight), "the weights of the T5 in config.json",
                                 optional=copies, passed_by=lambda name: name == STRAY)
         for copy in copies:
             if copy in found and not torch.equal(found[copy], found["shared.weight"]):
@@ -460,12 +459,6 @@ def public_name(name):
     last = 2 if name.startswith("decoder") else 1                            # the FFN comes after the attentions
     name = name.replace("ffn_norm", f"layer.{last}.layer_norm").replace(".ffn.", f".layer.{last}.DenseReluDense.")
     return re.sub(r"^(\w+)\.norm\.", r"\1.final_layer_norm.", name)
-
-
-def weight_files(folder):
-    """-> paths of the safetensors files of a checkpoint: one, or those that its index names."""
-    whole, index = folder / "model.safetensors", folder / INDEX
-    return [whole] if whole.exists() or not index.exists() else [folder / file for file in shard_names(index)]
 
 
 def shard_names(index):

@@ -41,7 +41,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -593,25 +592,23 @@ def load_exported(path, t5):
     """What --export wrote, for its own T5 as T5.from_pretrained gives it -> sites for T5.forward and T5.generate. The T5 gets the trained
     layer norms. Raises UserError for a damaged file and another T5."""
     own = {public_name(name): parameter for name, parameter in t5.named_parameters()}
+    tensors, metadata = data.read_safetensors(path, "a file that --export wrote")
+    sites = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata, tensors = json.loads((file.metadata() or {})["hyperpelt"]), {name: file.get_tensor(name) for name in file.keys()}
-        if metadata["backbone"] != backbone_mark(t5):
-            raise UserError(f"{path}: was made for another T5: found {metadata['backbone']}, this one is {backbone_mark(t5)}")
-        sites = {}
+        backbone = json.loads(metadata["hyperpelt"])["backbone"]
         for name in tensors.keys() - own.keys():
             kind, layer, part = name.split(".")
             for cls in (Prefix, Adapter):
                 if part == cls.names[0]:
                     sites[kind, int(layer)] = cls([tensors[f"{kind}.{layer}.{part}"].to(t5.dtype) for part in cls.names])
-        with torch.no_grad():
-            for name in own.keys() & tensors.keys():
-                own[name].copy_(tensors[name])
-        return sites
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a file that --export wrote ({error})") from None
+    if backbone != backbone_mark(t5):
+        raise UserError(f"{path}: was made for another T5: found {backbone}, this one is {backbone_mark(t5)}")
+    with torch.no_grad():
+        for name in own.keys() & tensors.keys():
+            own[name].copy_(tensors[name])
+    return sites
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
