@@ -7,7 +7,6 @@ and after training. With matplotlib it also draws RUN/tour.png.
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import data
 import train

@@ -25,7 +25,7 @@ import data
 import train
 from data import UserError
 from hyperpelt import HyperPELT, HyperPELTConfig
-from t5 import T5, T5Config, Tokenizer
+from t5 import T5, Tokenizer
 
 SAMPLE = train.SAMPLE
 SECONDS, MEGABYTES = 20, 500        # of one case, at most; more memory than the whole process has at the start

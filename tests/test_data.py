@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import data
-from conftest import ROOT, WORDS, run
+from conftest import ROOT, run
 from data import TASKS, UserError
 from t5 import Tokenizer
 

@@ -10,7 +10,7 @@ import torch
 import hyperpelt
 import t5 as t5_module
 from conftest import make_checkpoint, run
-from hyperpelt import BLOCK_TYPES, METHODS, VISION, Adapter, HyperPELT, HyperPELTConfig, Prefix
+from hyperpelt import BLOCK_TYPES, METHODS, VISION, HyperPELT, HyperPELTConfig, Prefix
 from t5 import DECODER_CROSS, DECODER_SELF, ENCODER_SELF, T5, T5Config
 from test_t5 import inputs
 

@@ -17,7 +17,7 @@ import train as train_module
 from conftest import ROOT, execute, make_checkpoint, read_json, run
 from hyperpelt import HyperPELT, HyperPELTConfig
 from t5 import T5
-from test_train import TINY, command, log_of
+from test_train import command, log_of
 
 RUN = ["--steps", 24, "--eval-every", 12, "--lr", 0.02, "--warmup-steps", 4]
 

@@ -13,7 +13,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "sample"
 sys.path.insert(0, str(SAMPLE))
-import data  # noqa: E402
 import make  # noqa: E402
 from conftest import run  # noqa: E402
 from t5 import T5, Tokenizer  # noqa: E402

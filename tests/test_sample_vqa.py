@@ -1,7 +1,6 @@
 """The image side of the bundled sample: scenes, questions, small CLIP, features."""
 import json
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
