@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Parser, UserError, catch_signals, digest, in_range, leave, parse_json, read_json, read_safetensors, read_tensors, run, write_whole
+from data import Parser, UserError, catch_signals, digest, in_range, leave, lock, parse_json, read_json, read_safetensors, read_tensors, run, write_whole
 
 FILES = ["model.safetensors", "open_clip_model.safetensors"]
 TEXT_HALF = ("text_model.", "text_projection", "logit_scale", "logit_bias", "positional_embedding", "token_embedding.",
@@ -347,7 +347,10 @@ def open_folder(folder):
     def read(i):
         content = (folder / names[i]).read_bytes()                           # a failing disk is no broken image
         try:
-            return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+            if image.mode == "F" or image.mode.startswith("I"):              # would be cut off at 255
+                raise ValueError(f"{image.mode}, more than 8 bits a colour")
+            return np.asarray(image.convert("RGB"))
         except MemoryError:
             raise
         except Exception as error:                                           # decoders raise nearly everything
@@ -401,7 +404,10 @@ def load_features(path):
     """FILE.npy, with FILE.json beside it -> (memory-mapped float16 [images, N, V], {id: row}, the .json's content)."""
     path = Path(path)
     features, meta = open_array(path, np.float16, "[images, cells, width]"), read_json(path.with_suffix(".json"))
-    ids = check_ids(path.with_suffix(".json"), meta.get("ids"), len(features))
+    ids, about = check_ids(path.with_suffix(".json"), meta.get("ids"), len(features)), [meta.get("grid"), meta.get("width")]
+    if "grid" in meta and about != [[math.isqrt(features.shape[1])] * 2, features.shape[2]]:
+        raise UserError(f"{path}: found {features.shape[1]} cells of width {features.shape[2]}; {path.with_suffix('.json').name} says"
+                        f" grid {about[0]}, width {about[1]}")
     return features, {id: row for row, id in enumerate(ids)}, meta
 
 
@@ -433,7 +439,9 @@ class Writer:
         elif saved:
             print(f"note: {self.part} does not fit this command (settings, weights or images); beginning again", file=sys.stderr)
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.part, "r+b" if self.state["rows"] else "wb")
+        self.part.touch()
+        self.file = open(self.part, "r+b")
+        lock(self.part, self.file.fileno())
         self.file.write(header((len(ids), *self.cells)))
         self.file.truncate(self.end(self.state["rows"]))                     # rows that were written after the last save
         self.file.seek(0, os.SEEK_END)
@@ -443,7 +451,8 @@ class Writer:
         """Is this the state of a run with the same settings and images, whose rows are all on the disk?"""
         counts = [saved.get(key) for key in ("rows", "done")]
         return ({**saved, "done": 0, "rows": 0, "skipped": []} == self.state and isinstance(saved.get("skipped"), list)
-                and all(type(count) is int for count in counts) and 0 <= counts[0] <= counts[1] <= len(self.ids)
+                and all(type(count) is int and count >= 0 for count in counts)
+                and counts[0] + len(saved["skipped"]) == counts[1] <= len(self.ids)
                 and self.part.exists() and self.part.stat().st_size >= self.end(counts[0]))
 
     def end(self, rows):

@@ -41,6 +41,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                               # Windows has none
+    fcntl = None
 
 class UserError(Exception):
     """A mistake that the user can mend: one line that names the file, the place, what was found and what was expected."""
@@ -175,7 +179,7 @@ def read_rows(path, columns, header=True, short_lines=False):
         raise UserError(f"{path}: found no rows, expected {'a header and ' if header else ''}at least one row")
     names = lines[0] if header else list(range(len(lines[0])))
     for column in columns:
-        if column not in names:
+        if names.count(column) != 1:
             raise UserError(f"{path}: found columns {', '.join(map(str, names))}; expected one named {column}")
     where = {column: names.index(column) for column in [*columns, "index"] if column in names}
     rows = []
@@ -208,12 +212,17 @@ def read_labels(path):
     rows = []
     for number, line in enumerate(path.read_bytes().decode("latin-1").rstrip().split("\n"), 1):
         kind, _, question = line.partition(" ")
+        if not question.strip():
+            raise UserError(f"{path}: line {number}: found {line[:40]!r}, expected a label and a question")
         rows.append((number, dict(label=kind.partition(":")[0], question=question)))
     return rows
 
 
 def read_folder(path):
     """IMDB's format, a text a file: path/pos/0_9.txt, path/neg/..., in the order of their names -> the same as read_rows."""
+    for label in ("neg", "pos"):
+        if not any((path / label).glob("*.txt")):
+            raise UserError(f"{path / label}: found no .txt file, expected a text in each")
     files = sorted(file for label in ("neg", "pos") for file in (path / label).glob("*.txt"))
     return [(number, dict(label=file.parent.name, text=read_text(file).replace("\n", " "))) for number, file in enumerate(files, 1)]
 
@@ -577,9 +586,9 @@ def read_questions(task, folder, subset, labelled=True):
     path = folder / task.files[0].replace("train2014", subset)
     file = read_json(path)
     questions, image_set = read_entries(path, file, "questions", "question_id", image_id=ID, question=TEXT), file.get("data_subtype")
-    if type(image_set) is not str:
-        raise UserError(f"{path}: found data_subtype {image_set!r}, expected the name of an image set such as {subset}")
-    image_set = image_set.replace("test-dev", "test")              # test-dev asks about a part of test2015's images
+    if image_set != subset:
+        raise UserError(f"{path}: found data_subtype {image_set!r}, expected {subset}")
+    image_set = subset.replace("test-dev", "test")                 # test-dev asks about a part of test2015's images
     answers = {}
     if labelled:
         other = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
@@ -882,6 +891,7 @@ def read_safetensors(path, what):
     it is missing or damaged; it should have been `what`."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file, expected {what}")
+    open(path, "rb").close()                                      # without the right to read it: the system's own message
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -908,6 +918,8 @@ def read_tensors(paths, wanted, what, optional=(), passed_by=lambda name: False)
                     raise UserError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {list(expected.shape)}")
                 if tensor.dtype != expected.dtype and not {tensor.dtype, expected.dtype} <= PUBLIC_TYPES:
                     raise UserError(f"{path}: tensor {name} has type {tensor.dtype}, expected {expected.dtype}")
+                if not tensor.isfinite().all():
+                    raise UserError(f"{path}: tensor {name} holds numbers that are not finite")
                 tensors[name] = tensor
             elif not passed_by(name):
                 raise UserError(f"{path}: tensor {name} is unknown, expected {what}")
@@ -919,42 +931,29 @@ def read_tensors(paths, wanted, what, optional=(), passed_by=lambda name: False)
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects within the first host and to the hub's own storage, never from https to http. Keeps the size and
     the hash that the hub announces in its redirecting answer."""
+    announced = {}
 
     def redirect_request(self, request, file, code, message, headers, url):
         old, new = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(url)
         known = new.netloc == old.netloc or re.search(r"(^|\.)(huggingface\.co|hf\.co)$", new.hostname or "")
         if not known or new.scheme not in ("https", old.scheme):
             raise UserError(f"{request.full_url}: redirected to {new.scheme}://{new.netloc}, which is not trusted")
-        self.announced = {**getattr(self, "announced", {}), **{k.lower(): v for k, v in headers.items()}}
+        self.announced = {**self.announced, **{k.lower(): v for k, v in headers.items()}}
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def download(url, path, optional=False, tries=5):
+def download(url, path, optional=False, tries=5, check=lambda part: None):
     """Fetch url into path -> True (False: `optional`, and the server has no such file).
 
-    Goes to path.part first, is resumed after an interruption, checked by the announced size and hash (X-Linked-Etag: a
-    sha256, or a git blob's sha1), and renamed when whole. Raises UserError in one line after `tries` failures.
+    Goes to path.part first, is resumed after an interruption, held against the announced size and hash and against `check`, which raises
+    UserError for what is no such file (the login page of a network, say), and renamed when whole. Raises UserError in one line after
+    `tries` failures.
     """
     path, part = Path(path), Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(tries):
-        have = part.stat().st_size if part.exists() else 0
-        redirects = Redirects()
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "hyperpelt"})
         try:
-            with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
-                headers = {**{k.lower(): v for k, v in answer.headers.items()}, **getattr(redirects, "announced", {})}
-                have = have if answer.status == 206 else 0        # 200: the server sends the whole file again
-                length = answer.headers.get("Content-Length")
-                size = headers.get("x-linked-size") or (have + int(length) if length else None)
-                with open(part, "r+b" if have else "wb") as file, tqdm(
-                        total=size and int(size), initial=have, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                    file.seek(have)
-                    while block := answer.read(1 << 20):
-                        file.write(block)
-                        bar.update(len(block))
-            if size and part.stat().st_size < int(size):
-                raise OSError(f"broken off at byte {part.stat().st_size} of {size}")
+            headers, size = receive(url, part)
         except urllib.error.HTTPError as error:
             if error.code in (401, 404) and optional:             # the hub answers 401 for a repository that does not exist
                 return False
@@ -964,13 +963,15 @@ def download(url, path, optional=False, tries=5):
         except (OSError, ValueError, http.client.HTTPException) as error:
             problem, final = str(getattr(error, "reason", error)), isinstance(error, (ValueError, http.client.InvalidURL))
         else:
-            announced = headers.get("x-linked-etag") or headers.get("etag") or ""
-            wrong = find_fault(part, announced.removeprefix("W/").strip('"').lower(), size and int(size))
-            if not wrong:
-                os.replace(part, path)
-                return True
+            problem, final = find_fault(part, headers, size), False
+            if not problem:
+                try:
+                    check(part)
+                    os.replace(part, path)
+                    return True
+                except UserError as error:
+                    problem = str(error)
             part.unlink()
-            problem, final = wrong, False
         if final:
             break
         if attempt < tries - 1:
@@ -978,8 +979,39 @@ def download(url, path, optional=False, tries=5):
     raise UserError(f"{url}: {problem}; try again later, or fetch it by hand and put it at {path}")
 
 
-def find_fault(path, announced, size):
-    """Compare a downloaded file with the announced size and hash -> None, or what is wrong."""
+def receive(url, part):
+    """Append to a file what is missing of it -> the server's headers, the whole file's size (None: not announced). Raises OSError for an
+    answer that is broken off, or another than was asked for."""
+    have = part.stat().st_size if part.exists() else 0
+    redirects = Redirects()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "hyperpelt"})
+    with urllib.request.build_opener(redirects).open(request, timeout=30) as answer:
+        headers = {**{k.lower(): v for k, v in answer.headers.items()}, **redirects.announced}
+        if answer.status not in (200, 206) or headers.get("content-encoding", "identity") != "identity":
+            raise OSError(f"the server answers {answer.status}, in the encoding {headers.get('content-encoding', 'identity')}")
+        if answer.status == 200:                                  # the whole file, from its beginning
+            have = 0
+        elif not headers.get("content-range", "").startswith(f"bytes {have}-"):
+            part.unlink(missing_ok=True)
+            raise OSError(f"the server sends {headers.get('content-range')}, asked for was all from byte {have} on")
+        length = answer.headers.get("Content-Length")
+        size = int(headers.get("x-linked-size") or (have + int(length) if length else 0)) or None
+        with open(part, "r+b" if have else "wb") as file, tqdm(
+                total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
+            file.seek(have)
+            while block := answer.read1(1 << 20):                 # what is there, not a whole MB: a slow line loses nothing
+                file.write(block)
+                bar.update(len(block))
+                if size and file.tell() > size:
+                    raise OSError(f"the server sends more than the {size} bytes that it announced")
+    if size and part.stat().st_size < size:
+        raise OSError(f"broken off at byte {part.stat().st_size} of {size}")
+    return headers, size
+
+
+def find_fault(path, headers, size):
+    """Compare a downloaded file with the announced size and hash (X-Linked-Etag: a sha256, or a git blob's sha1) -> None, or what is wrong."""
+    announced = (headers.get("x-linked-etag") or headers.get("etag") or "").removeprefix("W/").strip('"').lower()
     content = hashlib.sha256() if len(announced) == 64 else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     if size is not None and path.stat().st_size != size:
         return f"found {path.stat().st_size} bytes, expected {size}"
@@ -998,9 +1030,12 @@ def digest(path, content=None):
     return content.hexdigest()
 
 
-def unpack(archive, folder):
-    """Put the .tsv and .jsonl files that lie directly in a zip's folder `folder.name` into `folder`. Refuses a zip with a path that
-    leaves it, a link, or more than 2 GB of content."""
+MOST_UNPACKED, MOST_RATIO = 2 * 10**9, 100     # bytes of a zip's contents; of one to those that it takes in the zip: GLUE's have 4
+
+
+def unpack(archive, folder, names):
+    """Put those of a zip's files FOLDER/NAME that have these names into `folder`, whose name is FOLDER. Refuses a zip with a path that
+    leaves it, a link, or contents that blow up. Writes nothing unless all of it is whole."""
     try:
         with zipfile.ZipFile(archive) as file:
             members = file.infolist()
@@ -1008,14 +1043,17 @@ def unpack(archive, folder):
                 path = Path(member.filename)
                 if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
                     raise UserError(f"{archive}: refused: {member.filename} leads out of the folder")
-            if sum(member.file_size for member in members) > 2 * 10**9:
-                raise UserError(f"{archive}: refused: more than 2 GB when unpacked")
-            folder.mkdir(parents=True, exist_ok=True)
-            for member in members:
-                if Path(member.filename).parent.name == folder.name and member.filename.endswith((".tsv", ".jsonl")):
-                    write_whole(folder / Path(member.filename).name, file.read(member))  # the zip's CRC is checked here
+                if member.file_size > MOST_RATIO * max(member.compress_size, 1000):
+                    raise UserError(f"{archive}: refused: {member.filename} has {member.compress_size} bytes, {member.file_size} when unpacked")
+            if sum(member.file_size for member in members) > MOST_UNPACKED:
+                raise UserError(f"{archive}: refused: more than {MOST_UNPACKED / 1e9:.0f} GB when unpacked")
+            there = {f"{folder.name}/{name}": name for name in names}
+            contents = {there[path]: file.read(path) for path in file.namelist() if path in there}       # the CRCs are checked here
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise UserError(f"{archive}: not a whole zip file ({error})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_whole(folder / name, content)
 
 
 def download_task(task, data_dir):
@@ -1031,14 +1069,18 @@ def download_task(task, data_dir):
         for name, url in MRPC_FILES.items():
             (folder / name).exists() or download(url, folder / name)
     elif isinstance(task, Task) and task.url:
-        archive = Path(data_dir) / Path(task.url).name
+        archive = Path(data_dir) / f".{Path(task.url).name}"
         download(task.url, archive)
-        unpack(archive, folder)
-        archive.unlink()
+        try:
+            unpack(archive, folder, [name for name in task.files.values() if not (folder / name).exists()])
+        finally:
+            archive.unlink()                                      # also a broken one: the next try fetches it again
     else:
         raise UserError(f"the files of {task.name} are not downloaded: put the official ones into {folder}")
-    found = tuple(len(read_split(task, data_dir, split)) for split in ("train", "validation"))
+    found = [len(read_split(task, data_dir, split)) for split in ("train", "validation")]
     print(f"{folder}: {found[0]} training and {found[1]} validation rows (official: {task.rows[0]} and {task.rows[1]})")
+    if any(count < 0.999 * official for count, official in zip(found, task.rows)):           # of QQP there are copies with 3 fewer
+        raise UserError(f"{folder}: found {found[0]} and {found[1]} rows, expected {task.rows[0]} and {task.rows[1]}; remove it to fetch it again")
 
 
 def find_task(name):
@@ -1054,6 +1096,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
+
+    def parse_args(self, *arguments):
+        for text in sys.argv:
+            if text != text.encode(errors="replace").decode():
+                raise UserError(f"{text!r}: not UTF-8, expected text that can be written to a file")
+        return super().parse_args(*arguments)
 
 
 def in_range(kind, low, high=10**9):
@@ -1092,9 +1140,28 @@ def catch_signals():
             raise KeyboardInterrupt
         stop.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                  # Windows has no SIGHUP; nohup has it ignored
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), on_signal)
     return stop
+
+
+def lock(path, descriptor=None):
+    """Keep other processes off a file or folder, by its descriptor if it is open -> the descriptor (None on Windows, which has no such
+    locks): until that is closed, or this process ends, however it does. Raises UserError where another one is at work on it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process is at work on it") from None
+    except OSError:                                               # a file system without locks
+        pass
+    return descriptor
+
+
+OUT_OF_MEMORY = "error: memory is used up; a smaller --batch-size, --max-source-length or --prefix-length needs less"
 
 
 def leave(message, code):
@@ -1104,15 +1171,27 @@ def leave(message, code):
 
 def run(main):
     """Call a program's main; a user's mistake or a failing disk ends in one line on stderr and exit code 2."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:                                        # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, "w"))
+        else:
+            stream.reconfigure(errors="backslashreplace")         # a letter that the terminal does not know is no error
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:                                       # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave("stopped: nobody reads the output", 128 + 13)
     except (UserError, OSError) as error:
-        leave(f"error: {' '.join(str(error).split())}", 2)
-    except torch.OutOfMemoryError:
-        leave("error: the GPU's memory is used up; a smaller --batch-size or --max-source-length needs less", 2)
+        text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        leave(f"error: {' '.join(text.split())[:2000]}", 2)
+    except (torch.OutOfMemoryError, MemoryError):
+        leave(OUT_OF_MEMORY, 2)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):             # PyTorch's words for it on a CPU
+            raise
+        leave(OUT_OF_MEMORY, 2)
     except KeyboardInterrupt:
         leave("stopped", 130)
 

@@ -422,8 +422,8 @@ def main():
     parser.add_argument("--tour", metavar="RUN", nargs="?", const="runs/rte-hyperpelt",
                         help="walk one example through a trained run (default: runs/rte-hyperpelt)")
     parser.add_argument("--model", default="t5-base", help="a public name, or a folder with config.json (default: t5-base)")
-    parser.add_argument("--tasks", type=in_range(int, 1), default=8, help="number of tasks (default: 8, the paper's)")
-    parser.add_argument("--visual-width", type=in_range(int, 0), default=0, help="width of the images' features, 2048 for CLIP's ResNet-101 (default: no images)")
+    parser.add_argument("--tasks", type=in_range(int, 1, 1000), default=8, help="number of tasks (default: 8, the paper's)")
+    parser.add_argument("--visual-width", type=in_range(int, 0, 10**5), default=0, help="width of the images' features, 2048 for CLIP's ResNet-101 (default: no images)")
     args = parser.parse_args()
     if args.tour:
         return runpy.run_path(str(Path(__file__).resolve().parent / "sample" / "tour.py"))["tour"](args.tour)

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError, download, read_json, read_tensors
+from data import UserError, digest, download, read_json, read_safetensors, read_tensors
 
 # The five block types of an encoder-decoder: the first half of a site's name.
 ENCODER_SELF, ENCODER_FFN = "encoder self-attention", "encoder FFN"
@@ -65,7 +65,7 @@ class T5Config:
         values = {"num_decoder_layers": found.get("num_layers"), **found}
         values = {field.name: values.get(field.name, field.default) for field in fields(cls)}
         special = {"dropout_rate": (0, 0.99), "layer_norm_epsilon": (0, 1), "relative_attention_num_buckets": (4, 10**6),
-                   "pad_token_id": (0, 0), "eos_token_id": (1, 1)}
+                   "pad_token_id": (0, 0), "eos_token_id": (1, 1), "num_layers": (1, 1000), "num_decoder_layers": (1, 1000)}
         for field in fields(cls):
             value, (low, high) = values[field.name], special.get(field.name, (1, 10**7))
             if field.type in (int, float):
@@ -77,7 +77,12 @@ class T5Config:
             if not good:
                 shown = repr(value) if field.name in found else "nothing"
                 raise UserError(f"{path}: {field.name}: found {shown}, expected {expected}")
-        return cls(**values)
+        config = cls(**values)
+        exact = config.relative_attention_num_buckets // 2
+        if config.relative_attention_max_distance <= exact:
+            raise UserError(f"{path}: relative_attention_max_distance: found {config.relative_attention_max_distance}, expected more than {exact},"
+                            " half of the buckets")
+        return config
 
     @classmethod
     def from_name(cls, name):
@@ -106,6 +111,7 @@ class Tokenizer:
         import sentencepiece
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file, expected the tokenizer's SentencePiece model")
+        open(path, "rb").close()                                 # without the right to read it: the system's own message
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
@@ -114,6 +120,7 @@ class Tokenizer:
         if special != (0, 1, 2):
             raise UserError(f"{path}: found pad, eos, unk = {special}, expected (0, 1, 2)")
         self.first_sentinel = len(self.pieces) + 99              # the id of <extra_id_0>; they count downwards
+        self.mark = digest(path)[:16]                            # of the file, to tell it from others
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
@@ -121,7 +128,7 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids that ends with eos."""
-        ids = []
+        ids, text = [], text.encode(errors="replace").decode()               # JSON can hold what is no letter: half of a pair
         for i, part in enumerate(re.split(r"\s*<extra_id_(\d\d?)>", text)):  # odd parts are the sentinels' numbers
             ids += [self.first_sentinel - int(part)] if i % 2 else self.pieces.encode(part)
         return ids + [1]
@@ -463,10 +470,10 @@ def public_name(name):
 
 def shard_names(index):
     """model.safetensors.index.json -> names of the files that hold the tensors, all in the same folder."""
-    files = set(read_json(index, "weight_map")["weight_map"].values())
-    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+    files = list(read_json(index, "weight_map")["weight_map"].values())
+    if not files or any(not isinstance(file, str) or Path(file).name != file or file in ("", "..") for file in files):
         raise UserError(f"{index}: weight_map: found {str(files)[:80]}, expected tensor names -> files of this folder")
-    return sorted(files)
+    return sorted(set(files))
 
 
 def find_checkpoint(name_or_folder):
@@ -479,12 +486,13 @@ def find_checkpoint(name_or_folder):
         return folder
     if name not in NAMES and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise UserError(f"model {name!r} is neither a folder nor a known name; the known ones are {', '.join(NAMES)}")
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache") / "hyperpelt" / name.replace("/", "--")
+    cache = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache")) / "hyperpelt" / name.replace("/", "--")
     repository = name if "/" in name else f"google-t5/{name}"
     base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}/resolve/main/"
 
     def fetch(file, optional=False):
-        return (cache / file).is_file() or download(base + file, cache / file, optional)
+        check = {".json": read_json, ".model": Tokenizer}.get(Path(file).suffix, lambda part: read_safetensors(part, "the weights of a T5"))
+        return (cache / file).is_file() or download(base + file, cache / file, optional, check=check)
 
     if not fetch("config.json", optional=True):
         raise UserError(f"model {name!r}: no such folder, and no such repository with a config.json at {base}")

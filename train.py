@@ -23,6 +23,7 @@ begins from them, the loop, runs, what people are shown. `complete_settings`, pr
 Marks as in hyperpelt.py: [P] printed in the paper, [D] derived, [X] borrowed, [R] reconstructed, [C] our choice.
 """
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -52,10 +53,9 @@ from t5 import T5, Tokenizer, public_name
 from torch.nn.parallel import DistributedDataParallel
 
 try:
-    import fcntl
     import resource
-except ImportError:                                       # Windows has neither
-    fcntl = resource = None
+except ImportError:                                       # Windows has none
+    resource = None
 
 SAMPLE = Path(__file__).resolve().parent / "sample"   # a small T5 and small data sets: what runs without a download
 SAMPLE_DEFAULTS = dict(split="official", lr=1e-3)   # of options, in their own types, where the data are the sample's
@@ -63,7 +63,7 @@ SIZES = HyperPELTConfig()
 GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
 LOG_EVERY = 10             # steps
 EVAL_BATCH = 64
-FORMAT = 1                 # of a run's folder: what another version of this program has written otherwise is refused
+FORMAT = 2                 # of a run's folder: what another version of this program has written otherwise is refused
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun sets them
 
 
@@ -91,10 +91,10 @@ OPTIONS = [  # name, type or choices, default, help
     ("n-train", data.in_range(int, 1), 0, "training rows of each task, drawn by the seed (default: all)"),
     ("init-from", str, "", "folder of a run whose trained weights this one begins with (default: none)"),
     ("init-task", str, "", "its task whose embedding a new task begins with (default: the one with the least loss on training rows of the new one)"),
-    ("prefix-length", data.in_range(int, 1), SIZES.prefix_length, "N, rows of a generated prefix [R]"),
-    ("bottleneck", data.in_range(int, 1), SIZES.bottleneck, "width of a generated adapter [R]"),
-    ("embedding-dim", data.in_range(int, 1), SIZES.embedding_dim, "d_t, width of the task, layer and block embeddings [R]"),
-    ("hyper-dim", data.in_range(int, 1), SIZES.hyper_dim, "d_I, width of a hyper-embedding [R]"),
+    ("prefix-length", data.in_range(int, 1, 10**5), SIZES.prefix_length, "N, rows of a generated prefix [R]"),
+    ("bottleneck", data.in_range(int, 1, 10**5), SIZES.bottleneck, "width of a generated adapter [R]"),
+    ("embedding-dim", data.in_range(int, 1, 10**5), SIZES.embedding_dim, "d_t, width of the task, layer and block embeddings [R]"),
+    ("hyper-dim", data.in_range(int, 1, 10**5), SIZES.hyper_dim, "d_I, width of a hyper-embedding [R]"),
     ("seed", data.in_range(int, 0, 2**31), 0, "of initial weights, dropout and the order of the rows"),
     ("precision", ["auto", "fp32", "bf16"], "auto", "bf16: frozen weights and activations in bfloat16; auto: where the machine is fast at it"),
     ("eval-every", data.in_range(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
@@ -121,7 +121,7 @@ def parse_arguments():
                        "(17, or val2014:17); the first task of the run that fits, or the one whose name stands before them")
     group.add_argument("--export", metavar="FILE", help="write what best.safetensors of the run in --out generates for a task (--task) as plain tensors")
     group.add_argument("--table", metavar="RUN", nargs="+", help="print runs as a table, Markdown: methods x tasks, mean and standard deviation over seeds")
-    parser.add_argument("--seeds", metavar="COUNT", type=data.in_range(int, 1), help="as many runs, from --seed on, in OUT/seed-...; with --resume those that are not finished")
+    parser.add_argument("--seeds", metavar="COUNT", type=data.in_range(int, 1, 1000), help="as many runs, from --seed on, in OUT/seed-...; with --resume those that are not finished")
     return vars(parser.parse_args())
 
 
@@ -149,12 +149,16 @@ def complete_settings(given):
     if settings["existing_run"]:
         settings.update(saved_settings(out, given))
         settings["sample"] = not settings["data_dir"]
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out}: found a file, expected a folder for the run, or nothing yet")
     elif any((out / name).exists() for name in ("config.json", "last.safetensors", "best.safetensors")):
         raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     settings["out"] = str(out)
     if settings["precision"] == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
         settings["precision"] = "bf16" if fast else "fp32"
+    if settings["init_task"] and not settings["init_from"]:
+        raise UserError(f"--init-task {settings['init_task']}: expected --init-from too, the run whose task that is")
     settings["record"] = {name: settings[name] for name in DEFAULTS}         # as config.json is to have them
     settings["bundled"] = not settings["model"]
     if settings["sample"] and settings["download"]:
@@ -174,10 +178,7 @@ def saved_settings(out, given):
     if not (out / "config.json").exists():
         chosen = [f"--{name} {shlex.quote(given[name])}" for name in ("task", "method", "out") if name in given]
         raise UserError(f"{out}/config.json: no such file, expected a run; this trains one: {' '.join(['python train.py', *chosen])}")
-    saved = data.read_json(out / "config.json", "settings")["settings"]
-    for name, default in DEFAULTS.items():
-        if name not in PLACES and type(saved.get(name)) is not type(default):
-            raise UserError(f"{out}/config.json: settings: {name}: found {saved.get(name)!r}, expected {type(default).__name__}")
+    saved = read_run(out)["settings"]
     compared = {name: value for name, value in given.items() if name in DEFAULTS and name not in PLACES}
     differences = [f"--{name.replace('_', '-')} was {saved[name]}, is {value}" for name, value in compared.items() if saved[name] != value]
     if differences:
@@ -187,9 +188,9 @@ def saved_settings(out, given):
 
 # ------------------------------------------------------------------------------------------------------------ data
 
-def find_tasks(settings):
-    """-> {name: Task or ImageTask}"""
-    names = {"glue": data.GLUE, "vl": data.VL}.get(settings.task) or settings.task.split(",")
+def find_tasks(text):
+    """What --task takes -> {name: Task or ImageTask}"""
+    names = {"glue": data.GLUE, "vl": data.VL}.get(text) or text.split(",")
     return {name: data.find_task(name) for name in names}
 
 
@@ -237,8 +238,11 @@ def open_features(settings, wanted):
         if settings.vision != "tokens" and array.shape[1] != settings.prefix_length:     # eq. (7): position by position [R]
             raise UserError(f"{path}: found {array.shape[1]} grid cells for each image, expected {settings.prefix_length}, one for each"
                             " of --prefix-length positions")
-    mark = hashlib.sha256("".join(str(meta.get("sha256")) for _, _, meta in found.values()).encode()).hexdigest()[:16]
-    return found, array.shape[2], {"features": mark}
+    mark = hashlib.sha256()
+    for array, ids, meta in found.values():                                  # of the features themselves a few images
+        mark.update(json.dumps([meta.get("sha256"), list(ids)]).encode())
+        mark.update(array[:: max(1, len(array) // 50)].tobytes())
+    return found, array.shape[2], {"features": mark.hexdigest()[:16]}
 
 
 def load_images(settings, splits, rows):
@@ -260,8 +264,14 @@ def load_images(settings, splits, rows):
 
 
 def gather_images(rows):
-    """Rows of an image task -> their features [B, N, V], float16; of a text task -> None."""
-    return torch.from_numpy(np.stack([array[i] for array, i in (row.image for row in rows)])) if rows[0].image else None
+    """Rows of an image task -> their features [B, N, V], float16; of a text task -> None. Raises UserError for a feature that is no number."""
+    if not rows[0].image:
+        return None
+    features = np.stack([array[i] for array, i in (row.image for row in rows)])
+    if not np.isfinite(features).all():
+        array, i = next((array, i) for array, i in (row.image for row in rows) if not np.isfinite(array[i]).all())
+        raise UserError(f"{getattr(array, 'filename', 'features')}: row {i} (from 0): found numbers that are not finite")
+    return torch.from_numpy(features)
 
 
 def draw_tasks(counts, steps, temperature, seed):
@@ -313,21 +323,23 @@ def make_batches(rows, settings):
 
 
 def backbone_mark(t5):
-    """A hash of the backbone, of config and the start of every tensor: to compare what is saved with."""
+    """A hash of the backbone, to compare what is saved with: of config, the start of every tensor, and the sum of all its bits."""
     backbone = hashlib.sha256(repr(t5.config).encode())
     for tensor in t5.state_dict().values():
-        backbone.update(tensor.flatten()[:256].float().numpy().tobytes())
+        bits = tensor.float().contiguous().view(torch.int32)
+        backbone.update(bits.flatten()[:256].numpy().tobytes() + str(bits.sum(dtype=torch.int64).item()).encode())
     return backbone.hexdigest()[:16]
 
 
-def data_mark(rows):
-    """A hash of the data's ids."""
+def data_mark(splits, rows):
+    """A hash of the data: of every row its ids, answers and image."""
     texts = hashlib.sha256()
     for name, by_split in rows.items():
-        for split, examples in by_split.items():
+        for split, own in by_split.items():
             texts.update(f"{name} {split}".encode())
-            for row in examples:
+            for row, example in zip(own, splits[name][split]):
                 texts.update(b"".join(ids.tobytes() for ids in (row.source, *row.targets)))
+                texts.update(repr((example.gold, example.index, example.image)).encode())
     return texts.hexdigest()[:16]
 
 
@@ -339,21 +351,12 @@ def join_processes():
     if WORLD > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        except ValueError as error:
+            raise UserError(f"RANK and WORLD_SIZE are set, but {error}; torchrun sets them all") from None
         if RANK:
             sys.stdout = open(os.devnull, "w")
-
-
-def lock(out):
-    """Keep other processes that train off a run's folder, until this one ends, however it does."""
-    if fcntl is None or RANK:
-        return
-    try:
-        fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{out}: another process is at work on this run") from None
-    except OSError:                                                          # a file system without locks
-        pass
 
 
 def gather(value):
@@ -488,10 +491,13 @@ def save_last(path, model, optimiser, progress):
 
 
 @torch.no_grad()
-def load_last(path, model, optimiser):
+def load_last(path, model, optimiser, steps):
     """-> progress, as it was saved; everything else goes back to where it was."""
     tensors = training_state(model, optimiser)
     found, progress = load_tensors(path, tensors, dict(step=int, evaluated=int, best_step=int, best=float, right=int, seen=int))
+    if not (0 <= progress["best_step"] <= progress["evaluated"] <= progress["step"] <= steps and 0 <= progress["right"] <= progress["seen"] < 2**53
+            and math.isfinite(progress["best"])):
+        raise UserError(f"{path}: metadata: hyperpelt: found {progress}, expected counts that fit a run of {steps} steps")
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
     try:
@@ -515,13 +521,21 @@ def load_best(path, model):
 def read_run(folder):
     """config.json of a run's folder -> dict. Raises UserError where it is missing or lacks a part."""
     record = data.read_json(Path(folder) / "config.json", "settings", "fingerprints", "hyperpelt", "image_sets")
-    if record.get("format") != FORMAT:
+    if type(record.get("format")) is not int or record["format"] != FORMAT:
         raise UserError(f"{folder}/config.json: format: found {record.get('format')!r}, expected {FORMAT}:"
                         " another version of train.py wrote this run")
-    tasks, method, counts = record.get("tasks"), record["settings"].get("method"), ("trained_parameters", "backbone_parameters")
+    for name, kind, default, _ in OPTIONS:
+        value, problem = record["settings"].get(name.replace("-", "_")), f"expected {type(default).__name__}"
+        if isinstance(kind, list):
+            problem = "" if value in kind else f"expected one of {', '.join(kind)}"
+        elif type(value) is type(default):
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                problem = "" if value == default or kind(str(value)) == value else "expected another"
+        if problem:
+            raise UserError(f"{folder}/config.json: settings: {name}: found {str(value)[:40]!r}, {problem}")
+    counts, tasks = ("trained_parameters", "backbone_parameters"), list(find_tasks(record["settings"]["task"]))
     for name, value, good, expected in (
-            ("tasks", tasks, isinstance(tasks, list) and tasks and all(type(task) is str for task in tasks), "a list of names"),
-            ("settings: method", method, type(method) is str and method in METHODS, f"one of {', '.join(METHODS)}"),
+            ("tasks", record.get("tasks"), record.get("tasks") == tasks, ", ".join(tasks)),
             *((name, record.get(name), type(record.get(name)) is int and record[name] > 0, "a number of at least 1") for name in counts)):
         if not good:
             raise UserError(f"{folder}/config.json: {name}: found {str(value)[:40]}, expected {expected}")
@@ -580,6 +594,8 @@ def export(model, tasks, mark, settings):
     if name not in tasks or len(tasks) > 1 and not settings.export_task or name in data.IMAGE_TASKS:
         raise UserError(f"--export: found --task {settings.export_task or 'not given'}; expected one of the run's tasks without images,"
                         f" whose weights differ from image to image: {', '.join(task for task in tasks if task not in data.IMAGE_TASKS)}")
+    if Path(settings.export).exists():
+        raise UserError(f"{settings.export}: exists already; choose another --export")
     model.t5.dtype = torch.float32                                           # as they are generated, not as a bf16 run uses them
     with torch.no_grad():
         tensors = pack_sites(model.generate_sites(name))
@@ -594,13 +610,16 @@ def load_exported(path, t5):
     own = {public_name(name): parameter for name, parameter in t5.named_parameters()}
     tensors, metadata = data.read_safetensors(path, "a file that --export wrote")
     sites = {}
+    metadata = data.parse_json(metadata.get("hyperpelt", "null"), f"{path}: metadata: hyperpelt")
     try:
-        backbone = json.loads(metadata["hyperpelt"])["backbone"]
+        backbone = metadata["backbone"]
         for name in tensors.keys() - own.keys():
             kind, layer, part = name.split(".")
             for cls in (Prefix, Adapter):
                 if part == cls.names[0]:
                     sites[kind, int(layer)] = cls([tensors[f"{kind}.{layer}.{part}"].to(t5.dtype) for part in cls.names])
+        if wrong := [name for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape]:
+            raise ValueError(f"tensor {wrong[0]} has shape {list(tensors[wrong[0]].shape)}, expected {list(own[wrong[0]].shape)}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a file that --export wrote ({error})") from None
     if backbone != backbone_mark(t5):
@@ -660,7 +679,7 @@ def step_once(model, together, batch, optimiser, settings, at):
     norm = torch.nn.utils.clip_grad_norm_(list(model.trained().values()), GRADIENT_CLIP)
     if not torch.isfinite(norm):
         raise UserError(f"{at}, task {batch.task}, training rows {data.named(map(str, batch.numbers))} (from 0): loss {loss.item()},"
-                        f" gradient norm {norm.item()}: the run diverged; the last good checkpoint stays in {settings.out}; start again in"
+                        f" gradient norm {norm.item()}: the run diverged; the last checkpoint before it stays in {settings.out}; start again in"
                         " another --out with a lower --lr or a longer warm-up")
     optimiser.step()
     optimiser.zero_grad()
@@ -677,7 +696,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
     # Metrics are at least -1. Of the `seen` training rows since the last row of the log `right` were answered right.
     progress, best_answers = dict(step=0, evaluated=0, best_step=0, best=-2.0, right=0, seen=0), {}
     if settings.resume:
-        progress = load_last(out / "last.safetensors", model, optimiser)
+        progress = load_last(out / "last.safetensors", model, optimiser, steps)
         kept = read_log(log_path, progress["step"], progress["evaluated"])
         write_first(log_path, "".join(line + "\n" for line in kept).encode())
         print(f"resumed at step {progress['step']} of {steps}")
@@ -800,7 +819,7 @@ def prepare(settings, saved):
     (hashes of what the run depends on). The model is on its device. Raises UserError where the run had another backbone, data, ..."""
     torch.manual_seed(settings.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    tokenizer, tasks = Tokenizer.from_pretrained(settings.model), find_tasks(settings)
+    tokenizer, tasks = Tokenizer.from_pretrained(settings.model), find_tasks(settings.task)
     without_data, images = bool(settings.ask or settings.export), {}
     splits, rows = ({}, {}) if without_data else load_data(settings, tasks, tokenizer)
     t5 = T5.from_pretrained(settings.model)
@@ -812,12 +831,13 @@ def prepare(settings, saved):
     else:
         width, feature_mark = load_images(settings, splits, rows)
     devices = device.type if WORLD == 1 else f"{device.type} x {WORLD}"
-    marks = {"backbone": backbone_mark(t5), "data": data_mark(rows), **feature_mark, "device": devices}
+    marks = {"backbone": backbone_mark(t5), "tokenizer": tokenizer.mark, "data": data_mark(splits, rows), **feature_mark, "device": devices}
     unchecked = {"device": not settings.resume, "data": without_data}
-    for what in (what for what in marks if settings.existing_run and not unchecked.get(what)):
-        if saved["fingerprints"].get(what) != marks[what]:
-            raise UserError(f"{settings.out}/config.json: the run had another {what}: found {marks[what]},"
-                            f" expected {saved['fingerprints'].get(what)}")
+    compared = [what for what in marks if settings.existing_run and not unchecked.get(what)]
+    others = [f"another {what}: found {marks[what]}, expected {saved['fingerprints'].get(what)}"
+              for what in compared if marks[what] != saved["fingerprints"].get(what)]
+    if others:
+        raise UserError(f"{settings.out}/config.json: the run had {'; '.join(others)}")
     sizes = {f.name: getattr(settings, f.name) for f in dataclasses.fields(HyperPELTConfig) if hasattr(settings, f.name)}
     sizes.update(visual_width=width, vision="both" if settings.vision == "shuffled" else settings.vision)
     model = HyperPELT(t5, list(tasks), HyperPELTConfig(**sizes), torch.bfloat16 if settings.precision == "bf16" else torch.float32)
@@ -844,7 +864,7 @@ def run_once(settings):
     training = settings.resume or not settings.existing_run
     if training:
         out.mkdir(parents=True, exist_ok=True)
-        lock(out)
+    held = data.lock(out) if training and RANK == 0 else None
     settings.resume &= any((out / name).exists() for name in ("last.safetensors", "best.safetensors", "log.jsonl"))     # else killed before
     if training and settings.init_from and not settings.resume:
         start_from(model, rows, marks, settings)
@@ -864,6 +884,8 @@ def run_once(settings):
     known = train(model, tokenizer, tasks, splits, rows, settings, stop) if training else {}
     best_step = evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known)
     print(f"{size}; best step {best_step:,}, saved in {out}; {time.perf_counter() - started:.0f} s")
+    if held is not None:
+        os.close(held)
 
 
 def evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known):
@@ -881,7 +903,10 @@ def evaluate(model, tokenizer, tasks, splits, rows, settings, stop, known):
     write_first(out / "metrics.json", json.dumps(record, indent=1).encode() + b"\n")
     report(tasks, splits, answers, metrics, majority, means, settings)
     if RANK == 0:
-        draw(model, tasks, majority, out)
+        try:
+            draw(model, tasks, majority, out)
+        except Exception as error:                                           # whatever it is, the run is whole without a picture
+            print(f"note: {out}/curves.png could not be drawn: {error}", file=sys.stderr)
     return best_step
 
 
@@ -1008,11 +1033,12 @@ def table(folders):
         trained = config["trained_parameters"] / len(config["tasks"])
         results = groups.setdefault(json.dumps(settings), {}).setdefault(config["settings"].get("seed"), {})
         for name, task in ((name, data.find_task(name)) for name in config["tasks"]):
-            split = "test" if "test" in metrics.get(name, {}) else "validation"
-            if any(type(metrics.get(name, {}).get(split, {}).get(metric)) is not float for metric in task.metrics):
-                raise UserError(f"{run}/metrics.json: {name}: {split}: expected {', '.join(task.metrics)} as numbers")
+            own = metrics[name] if isinstance(metrics.get(name), dict) else {}
+            split = "test" if "test" in own else "validation"
+            if not isinstance(own.get(split), dict) or any(type(own[split].get(metric)) is not float for metric in task.metrics):
+                raise UserError(f"{run}/metrics.json: {name}: {split}: found {str(own.get(split))[:40]}, expected {', '.join(task.metrics)} as numbers")
             columns[name, split] = f"{name} {', '.join(task.metrics)}, {split}"
-            values = [metrics[name][split][metric] for metric in task.metrics]
+            values = [own[split][metric] for metric in task.metrics]
             results[name, split] = values, trained, trained / config["backbone_parameters"]
 
     def percent(values):

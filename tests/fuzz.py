@@ -87,7 +87,7 @@ def make_readers(folder):
     readers["imdb"] = folder / "imdb" / "pos" / "0_9.txt", lambda path: data.read_examples(data.TASKS["imdb"], path.parent.parent)
     with zipfile.ZipFile(folder / "RTE.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.write(folder / "glue" / "RTE" / "dev.tsv", "RTE/dev.tsv")
-    readers["zip"] = folder / "RTE.zip", lambda path: data.unpack(path, folder / "unpacked" / "RTE")
+    readers["zip"] = folder / "RTE.zip", lambda path: data.unpack(path, folder / "unpacked" / "RTE", ["train.tsv", "dev.tsv"])
 
     pairs = {"train2014": (0, 20), "val2014": (20, 40)}
     for where, name in (("VQAv2", "v2_"), ("OKVQA", "")):
@@ -144,7 +144,7 @@ def make_readers(folder):
     readers["best.safetensors"] = folder / "run" / "best.safetensors", lambda path: train.load_best(path, model)
     optimiser = torch.optim.AdamW(model.trained().values(), fused=True)
     train.save_last(folder / "run" / "last.safetensors", model, optimiser, dict(step=3, evaluated=0, best_step=0, best=0.0, right=0, seen=0))
-    readers["last.safetensors"] = folder / "run" / "last.safetensors", lambda path: train.load_last(path, model, optimiser)
+    readers["last.safetensors"] = folder / "run" / "last.safetensors", lambda path: train.load_last(path, model, optimiser, 99)
     (folder / "run" / "config.json").write_text(json.dumps(dict(
         format=train.FORMAT, settings={name.replace("-", "_"): default for name, _, default, _ in train.OPTIONS}, fingerprints=dict(backbone="a"), hyperpelt={},
         image_sets={}, tasks=["rte"], trained_parameters=3, backbone_parameters=3), indent=1))
@@ -180,7 +180,7 @@ def command_line(rng):
     if "table" in settings:
         return train.table(settings["table"])
     settings = train.complete_settings(settings)
-    train.find_tasks(settings)
+    train.find_tasks(settings.task)
 
 
 def main():

@@ -1,4 +1,5 @@
 """GLUE files, formats, splits, batches and metrics: against the real files, scikit-learn, scipy and rows worked by hand."""
+import dataclasses
 import io
 import json
 import subprocess
@@ -59,7 +60,11 @@ def test_formats_of_the_transfer_tasks(name, path, content, source, target, inde
     """SuperGLUE's JSON lines, IMDB's folder of texts, PAWS' TSV, TREC's Latin-1 labels."""
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_bytes(content if isinstance(content, bytes) else content.encode())
-    example, = data.read_split(TASKS[name], tmp_path, "train")
+    if name == "imdb":                                           # there is a folder for each label
+        (tmp_path / "aclImdb/train/neg").mkdir()
+        (tmp_path / "aclImdb/train/neg/0_1.txt").write_text("Bad.")
+    example = data.read_split(TASKS[name], tmp_path, "train")[-1]
+    index = "1" if name == "imdb" else index
     assert (example.source, example.target, example.index) == (source, target, index)
 
 
@@ -325,15 +330,17 @@ def test_a_reader_who_has_enough(glue):
     """python data.py ... | head -1: no error when the pipe is closed."""
     program = subprocess.Popen([sys.executable, "data.py", "--task", "rte", "--data-dir", glue], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
-    assert program.stderr.read() == b"" and program.wait() == 0
+    assert program.stderr.read() == b"stopped: nobody reads the output\n" and program.wait() == 141
 
 
 def test_unpack(tmp_path):
     """The task's own .tsv files and nothing else; a path out of the folder, a link or a broken archive is refused whole."""
     archive, folder = tmp_path / "a.zip", tmp_path / "data" / "RTE"
-    archive.write_bytes(make_zip(**{"RTE/train.tsv": "x", "RTE/original/raw.jsonl": "y", "__MACOSX/RTE/._dev.tsv": ""}))
-    data.unpack(archive, folder)
-    assert (folder / "train.tsv").read_text() == "x" and not (folder / "raw.jsonl").exists()
+    archive.write_bytes(make_zip(**{"RTE/train.tsv": "x", "RTE/dev.tsv": "z", "other/RTE/test.tsv": "y", "__MACOSX/RTE/._dev.tsv": ""}))
+    folder.mkdir(parents=True)
+    (folder / "dev.tsv").write_text("own")
+    data.unpack(archive, folder, ["train.tsv", "test.tsv"])
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"train.tsv": "x", "dev.tsv": "own"}
     link = zipfile.ZipInfo("RTE/dev.tsv")
     link.external_attr = 0o120777 << 16
     memory = io.BytesIO()
@@ -342,7 +349,7 @@ def test_unpack(tmp_path):
     for content in (make_zip(**{"RTE/../../train.tsv": "x"}), make_zip(**{"/RTE/train.tsv": "x"}), memory.getvalue(), b"PK\3\4 broken"):
         archive.write_bytes(content)
         with pytest.raises(UserError, match="refused|not a whole zip"):
-            data.unpack(archive, tmp_path / "other" / "RTE")
+            data.unpack(archive, tmp_path / "other" / "RTE", ["train.tsv", "dev.tsv"])
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob("*.tsv"))
 
 
@@ -350,9 +357,11 @@ def test_download_task(tmp_path, monkeypatch, capsys):
     """The archive is fetched, unpacked, counted and removed; files that are there already are left alone."""
     lines = "\n".join([HEADER, "0\ta\tb\tentailment", "1\ta\tb\tnot_entailment"])
     monkeypatch.setattr(data, "download", lambda url, path: path.write_bytes(make_zip(**{"RTE/train.tsv": lines, "RTE/dev.tsv": lines, "RTE/test.tsv": lines})))
-    data.download_task(TASKS["rte"], tmp_path)
+    (tmp_path / "RTE.zip").write_text("the user's own")
+    with pytest.raises(UserError, match="RTE: found 2 and 2 rows, expected 2490 and 277; remove it to fetch it again"):      # cut off, say
+        data.download_task(TASKS["rte"], tmp_path)
     assert "2 training and 2 validation rows (official: 2490 and 277)" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dev.tsv", "test.tsv", "train.tsv"]
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["RTE.zip", "dev.tsv", "test.tsv", "train.tsv"]
     monkeypatch.setattr(data, "download", lambda *args: 1 / 0)
     data.download_task(TASKS["rte"], tmp_path)
     fetched = []
@@ -361,6 +370,6 @@ def test_download_task(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "download", lambda url, path: fetched.append(path.name) or path.write_text(contents.get(path.name, "x")))
     (tmp_path / "MRPC").mkdir()
     (tmp_path / "MRPC" / "msr_paraphrase_test.txt").write_text("x")      # an earlier download stopped here
-    data.download_task(TASKS["mrpc"], tmp_path)
+    data.download_task(dataclasses.replace(TASKS["mrpc"], rows=(3, 2)), tmp_path)
     assert sorted(fetched) == ["mrpc_dev_ids.tsv", "msr_paraphrase_train.txt"]
     assert "3 training and 2 validation rows" in capsys.readouterr().out

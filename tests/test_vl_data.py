@@ -345,7 +345,7 @@ def annotation(**more):
     (QUESTIONS, '{"questions": [{"image_id": 9, "quest', "not JSON: Unterminated string starting at: line 1 column"),
     (QUESTIONS, [], "the file holds [], expected a JSON object"),
     (QUESTIONS, {"data_subtype": "train2014"}, "questions holds None, expected a list"),
-    (QUESTIONS, {"questions": [question()]}, "found data_subtype None, expected the name of an image set such as train2014"),
+    (QUESTIONS, {"questions": [question()]}, "found data_subtype None, expected train2014"),
     (QUESTIONS, {"questions": [question(), {"question_id": 2, "question": "?"}]}, "questions[1]: found no image_id in {'question_id': 2, 'question': '?'}, expected image_id as a whole"),
     (QUESTIONS, {"questions": [question(question=5)]}, "questions[0]: found question '5', expected question as a string"),
     (QUESTIONS, {"questions": [question(question_id=True)]}, "questions[0]: found question_id 'True', expected question_id as a whole number or a string"),
