@@ -144,6 +144,11 @@ class Tokenizer:
 
 # ----------------------------------------------------------------------------------------------------------- model
 
+def embedding(rows, width):
+    """Without numbers yet: to draw them makes PyTorch load its compiler, a second and more, even where only shapes are made."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class Linear(nn.Linear):
     """No bias, as everywhere in T5. The weight follows the dtype of the activations: a frozen weight is held in it
     already (nothing happens), a trained one stays float32 and is cast here."""
@@ -285,7 +290,7 @@ class Stack(nn.Module):
     def __init__(self, config, is_decoder):
         super().__init__()
         self.config, self.is_decoder = config, is_decoder
-        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.relative_bias = embedding(config.relative_attention_num_buckets, config.num_heads)
         count = config.num_decoder_layers if is_decoder else config.num_layers
         self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(count))
         self.norm = RMSNorm(config)
@@ -334,7 +339,7 @@ class T5(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = embedding(config.vocab_size, config.d_model)
         self.encoder, self.decoder = Stack(config, is_decoder=False), Stack(config, is_decoder=True)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.d_model, config.vocab_size)

@@ -40,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import clip_features                                                         # noqa: E402
 import data                                                                  # noqa: E402
+import t5                                                                    # noqa: E402
 from t5 import T5, T5Config, Tokenizer, public_name                          # noqa: E402
 
 # ------------------------------------------------------------------------------------------- word lists of the sample tasks
@@ -748,7 +749,8 @@ def pretrain(args):
     questions = Questions(work, paragraphs[HELD_OUT:], tokenizer.pieces)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = T5(CONFIG).to(device)
+    t5.embedding = torch.nn.Embedding                                        # draws numbers, which `initial` draws anew: the generator's
+    model = T5(CONFIG).to(device)                                            # state after them is what the bundled weights began with
     initial(model)
     model.dtype = torch.bfloat16
     # Muon for matrices, AdamW for embeddings, norms and position biases: of seven choices this one learned fastest (see README.md). [C]

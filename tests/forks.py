@@ -3,6 +3,7 @@
 A line on stdin is JSON, {"argv", "cwd", "env", "stdout", "stderr", "seconds", "file_size"}: stdout and stderr are files; after so many seconds it
 is killed; no file may become larger than file_size bytes, as if the disk were full (0: any). The line back is the exit code, negative for a signal, as subprocess has it. The command runs as __main__, with its own arguments, folder, environment and files.
 """
+import contextlib
 import json
 import os
 import resource
@@ -44,6 +45,9 @@ def main():
     sys.path.insert(0, os.getcwd())
     import clip_features, hyperpelt  # noqa: F401 (and with them torch, numpy, safetensors, tqdm, sentencepiece)
     import sentencepiece  # noqa: F401
+    import torch._dynamo  # noqa: F401 (an optimiser loads it)
+    with contextlib.suppress(ImportError):
+        import matplotlib.figure  # noqa: F401
     commands = os.fdopen(os.dup(0))
     for line in iter(commands.readline, ""):
         command, child, status, ended = json.loads(line), os.fork(), 0, 0
