@@ -10,7 +10,7 @@ its config.json), or a CLIP ResNet in OpenAI's names. A whole CLIP will do; its 
 The file is float16 [images, N, V]; beside it lies a .json with the ids in row order and all that the features depend on.
 A run that is stopped or killed goes on where it was when the same command is given again.
 
-What comes out is V of eq. (7) in hyperpelt.py. The paper's 7 x 7 cells are known second-hand [P]; that they were ResNet-101's at 224
+What comes out is V of eq. (7) in hyperpelt.py. The paper's 7 x 7 cells are printed [P], though known to us second-hand; that they were ResNet-101's at 224
 pixels is reconstructed [R], as VL-Adapter had them [X]; float16, and the last map rather than what the pool makes of it, are ours [C].
 
 Source: Radford et al. 2021 (CLIP); tensor names as in public checkpoints. The order of the file: the two encoders, loading, preprocessing;

@@ -58,7 +58,7 @@ class Task:
     folder: str     # of its files, below the data folder
     fields: dict    # name in the source text -> column of the file (its name; its number where there is no header), in T5's (alphabetical) order
     column: object  # the label's column
-    labels: dict    # label in the file -> label word, the positive class second; empty: a score from 0 to 5
+    labels: dict    # label in the file -> label word, for f1 and matthews the positive class second; empty: a score from 0 to 5
     metrics: tuple  # keys of METRICS below
     rows: tuple = ()           # how many the official train and validation files have; of your own task: not needed
     url: str = ""              # a zip of the files; "": they are not downloaded
@@ -71,7 +71,7 @@ class Task:
 class ImageTask:
     name: str          # chooses the keys of the results file
     folder: str        # below the data folder or its vl/
-    files: tuple       # names by which a folder is known as the task's; the first, with another image set in it, names the other splits'
+    files: tuple       # training files by which a folder is recognised; the first one's name, train2014 replaced, is another split's
     prompt: str        # the first part of every source text
     read: object       # (task, folder, scheme) -> {split: [Example]}
     metrics: tuple     # those that choose the best checkpoint
@@ -80,7 +80,7 @@ class ImageTask:
     beams: int         # of the search for it [captions: X: VL-T5, VL-Adapter]
     results: str       # name of the file of predictions
     labels: dict = field(default_factory=dict)  # label in the file -> label word
-    fields: tuple = ("question",)               # what stands in the source text after the prompt
+    fields: tuple = ("question",)               # names of the texts after the prompt; `read` knows the columns
 
 
 @dataclass
@@ -144,7 +144,7 @@ MRPC_FILES = {"msr_paraphrase_train.txt": "https://dl.fbaipublicfiles.com/sentev
 
 
 def source_parts(task, texts):
-    """The texts of a task's fields -> the pieces of the source text: of training's rows, and of what a user asks."""
+    """The texts of a task's fields -> the pieces of the source text, for the rows of files and for --ask alike."""
     texts = [text.strip() for text in texts]
     if isinstance(task, ImageTask):
         return [task.prompt, *texts]
@@ -323,7 +323,7 @@ def make_splits(task, data_dir, scheme="paper"):
     """Task -> {"train": [Example], "validation": ..., "test": ...} (mnli: also "mismatched").
 
     scheme "paper": fewer than 10,000 training rows: the validation file is halved into validation and test; else 1,000
-    training rows become validation (and leave training), the validation file is test (HyperPELT, section 5.1).
+    training rows become validation (and leave training), the validation file is test [P; which rows: X, see permutation].
     scheme "official": train and validation as the files are; no test, whose labels are not public. paws has a test file with
     labels: its three files serve under both schemes [C].
     Image tasks have their official splits; scheme "paper": vqa and caption have Karpathy's [X] if dataset_coco.json is found.
@@ -830,17 +830,19 @@ def write_results(path, task, texts, examples):
 
 
 IMAGE_TASKS = {task.name: task for task in (  # vqa:, gqa:, caption: are VL-T5's prompts [X], the other two are like them [C]
-    ImageTask("vqa", "VQAv2", ("v2_OpenEnded_mscoco_train2014_questions.json",), "vqa:", read_vqa, ("accuracy",), score_vqa,
-              10, 1, "VQAv2.json"),
-    ImageTask("gqa", "GQA", ("train_balanced_questions.json",), "gqa:", read_gqa, ("accuracy",), score_exact, 10, 1, "GQA.json"),
-    ImageTask("okvqa", "OKVQA", ("OpenEnded_mscoco_train2014_questions.json",), "okvqa:", read_vqa, ("accuracy",), score_vqa,
-              10, 1, "OKVQA.json"),
-    ImageTask("caption", "COCO", ("captions_train2014.json", "dataset_coco.json"), "caption:", read_captions, ("cider",), score_captions,
-              40, 5, "COCO.json", fields=()),
-    ImageTask("snlive", "SNLI-VE", ("snli_ve_train.jsonl",), "snlive hypothesis:", read_snlive, ("accuracy",), score_exact, 8, 1,
-              "SNLI-VE.jsonl", words("entailment", "neutral", "contradiction"), ("hypothesis",)),
+    ImageTask("vqa", "VQAv2", ("v2_OpenEnded_mscoco_train2014_questions.json",), "vqa:", read_vqa,
+              metrics=("accuracy",), score=score_vqa, max_answer=10, beams=1, results="VQAv2.json"),
+    ImageTask("gqa", "GQA", ("train_balanced_questions.json",), "gqa:", read_gqa,
+              metrics=("accuracy",), score=score_exact, max_answer=10, beams=1, results="GQA.json"),
+    ImageTask("okvqa", "OKVQA", ("OpenEnded_mscoco_train2014_questions.json",), "okvqa:", read_vqa,
+              metrics=("accuracy",), score=score_vqa, max_answer=10, beams=1, results="OKVQA.json"),
+    ImageTask("caption", "COCO", ("captions_train2014.json", "dataset_coco.json"), "caption:", read_captions,
+              metrics=("cider",), score=score_captions, max_answer=40, beams=5, results="COCO.json", fields=()),
+    ImageTask("snlive", "SNLI-VE", ("snli_ve_train.jsonl",), "snlive hypothesis:", read_snlive,
+              metrics=("accuracy",), score=score_exact, max_answer=8, beams=1, results="SNLI-VE.jsonl",
+              labels=words("entailment", "neutral", "contradiction"), fields=("hypothesis",)),
 )}
-VL = ["vqa", "gqa", "caption"]  # trained together [R]
+VL = ["vqa", "gqa", "caption"]  # trained together [R; gqa P]
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -5,28 +5,31 @@
 
 Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are not known to us; these are our own, each with what we
 know of it: [P] printed in the paper, [D] derived from that, [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
+Rows times matrices in (2), (3), (7) and (9), matrices times columns in the others.
     (1)  I^tau_{i,j} = W2 ReLU(W1 [z_tau ; l_i ; b_j] + c1) + c2       hyper-embedding of task tau, layer i, block type j [P; this form R]
     (2)  P_k = I W_k + c_k,   P_v = I W_v + c_v                        prefix hypernetwork h_P [P; row by row R]
-    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]                       prefix-tuning of an attention [P; past W_K and W_V X: MAM]
+    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]                       prefix-tuning of an attention [P; not multiplied by W_K, W_V X: MAM]
     (4)  (W_down, b_down, W_up, b_up) = h_A(mean over positions of I)  adapter hypernetwork h_A [P; the mean C]
     (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up                    adapter [P; ReLU X: MAM], u = norm(x) [C]
-    (6)  y = x + FFN(u) + lambda A(u)                                  parallel to the feed-forward block [X: MAM], lambda trained [R]
+    (6)  y = x + FFN(u) + lambda A(u)                                  parallel to the feed-forward block, lambda trained [R]
 VL-HyperPELT, for a task that comes with images, has a second side, with hypernetworks h_P^v and h_A^v of its own [P]:
-    (7)  z_v = V W_v + c_v                                             visual embedding of an image's N grid features V [R],
-                                                                       each normalised first [C]
-    (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v   visual hyper-embedding [R], through (2) and (4) again
+    (7)  z_v = V W_v + c_v                                             visual embedding of an image's N grid features V [P; linear,
+                                                                       position by position R], each normalised first [C]
+    (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v   visual hyper-embedding [R]; h_P^v, h_A^v are (2), (4) again
     (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]       the image's prefix after the task's [P; the order C]
     (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                the image's adapter beside the task's [P; lambda_v R]
-What it is compared with enters by (3), (5) and (6) too, but is trained itself, a set for each task:
-    (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                  prefix-tuning, reparameterised [X]; W, c shared by all tasks [R]
+What it is compared with enters by (3), (5) and (6) too; its adapters are trained as they are, a set a task, its prefixes come from
+    (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                  prefix-tuning, reparameterised: one network a block type gives
+                                                                       all its layers [X], for all tasks [R]
 
 A site is a place that receives generated weights: (block type, layer), five block types [D]. The weights of all sites are made at once,
 in a few batched products, then handed to the two seams of t5.py. The order of the file: HyperPELTConfig; hyper-embeddings (1), (7), (8);
 hypernetworks (2), (4); injection (3), (5), (6), (9), (10); HyperPELT, which is the model; the baselines' LearnedWeights (11); the budget.
 
-Shapes: B batch, S source length (in the decoder's adapters the target's), T target length, N prefix length, D d_model, H heads,
-K d_kv, R bottleneck, M tasks, L layers of encoder and decoder, E hyper-embedding width d_I, Z input embedding width d_t, Q width of
-a hidden layer, V width of an image's features.
+Shapes: B batch, S source length (in the decoder's adapters the target's), T target length, N prefix length (1 as the axis of a
+hyper-embedding in the vector form), D d_model, H heads, K d_kv, R bottleneck, M tasks, L layers of encoder and decoder, E hyper-embedding
+width d_I, Z input embedding width d_t, Q width of a hidden layer, V width of an image's features. These letters are sizes in shapes only:
+in equations V, K', E_tau and W_v are what is said there, and an [R] that stands alone is the mark.
 
     model = HyperPELT(T5.from_pretrained(folder), ["rte"], HyperPELTConfig())                    # what train.py does with it
     logits, loss = model(input_ids, attention_mask, labels, "rte")
@@ -47,8 +50,8 @@ from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SE
 
 BLOCK_TYPES = [ENCODER_SELF, ENCODER_FFN, DECODER_SELF, DECODER_CROSS, DECODER_FFN]  # b_j's index [D: five]
 METHODS = {  # (prefix, adapter, where they come from)
-    "hyperpelt": (True, True, "hypernetworks"),         # the paper's HyperPELT [P]
-    "hyperprefix": (True, False, "hypernetworks"),      # the paper's HyperPrefix [P]
+    "hyperpelt": (True, True, "hypernetworks"),         # HyperPELT [P], in the form of the equations above
+    "hyperprefix": (True, False, "hypernetworks"),      # HyperPrefix [P], likewise
     "hyperadapter": (False, True, "hypernetworks"),     # the other half alone [C]
     "hyperformer": (False, True, "hypernetworks"),      # HyperFormer++'s way: one vector I a site, layer norm on it [X]; our sites [C]
     "prefix": (True, False, "learned"),                 # prefix-tuning [X]
@@ -58,7 +61,7 @@ METHODS = {  # (prefix, adapter, where they come from)
     "full": (False, False, "nowhere"),                  # full fine-tuning
 }
 VISION = {  # what an image gives the T5: (visual prefix, visual adapter, tokens in the encoder's input)
-    "both": (True, True, False),               # the paper's VL-HyperPELT [P]
+    "both": (True, True, False),               # VL-HyperPELT [P], likewise
     "prefix": (True, False, False),
     "adapter": (False, True, False),
     "tokens": (False, False, True),            # the baseline, VL-Adapter's way [X]: hypernetworks for the task side only
@@ -67,19 +70,20 @@ VISION = {  # what an image gives the T5: (visual prefix, visual adapter, tokens
 
 @dataclass
 class HyperPELTConfig:
+    """Sizes and switches; what is R, X or C and no field is marked at its line."""
     method: str = "hyperpelt"       # a key of METHODS
     prefix_length: int = 49         # N [R]: the 7 x 7 cells of an image's features fit it position by position
-    embedding_dim: int = 768        # Z, d_t [R]: this and the next three give the printed 1.01x, and 1.02x and 0.24 % per task (R)
-    hyper_dim: int = 64             # E, d_I [R]
-    projector_dim: int = 128        # Q, hidden width of the projector of eq. (1) [R]
-    bottleneck: int = 24            # R, width of an adapter [R]
-    reparam_dim: int = 512          # Q of eq. (11), width of its hidden layer [X: prefix-tuning; with it the paper's 1.14x, D]
+    embedding_dim: int = 768        # d_t [R]: this and the next three give the printed 1.01x, and 1.02x and 0.24 % per task (R)
+    hyper_dim: int = 64             # d_I [R]
+    projector_dim: int = 128        # hidden width of the projector of eq. (1) [R]
+    bottleneck: int = 24            # width of an adapter [R]
+    reparam_dim: int = 512          # width of the hidden layer of eq. (11) [X: prefix-tuning; with it the paper's 1.14x, D]
     per_position: bool = True       # True: an embedding for each of the N positions [R]; False: one vector [X: HyperFormer]
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; off: C]
     prefix_blocks: tuple = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)  # [X: MAM]
-    adapter_scale: float = 0.1      # lambda of eq. (6) at the start [C; MAM starts at 1, X, which was less steady: see README]
+    adapter_scale: float = 0.1      # lambda, lambda_v at the start, of hypernetworks [C; MAM's is 1, X, less steady here: see README]
     position_noise: float = 0.5     # z, l, b at the start: how much of their variance is between positions; see `initialise` [C]
-    visual_width: int = 0           # V; 0: no image side. 2048: the last map of CLIP's ResNet-101 [R, X: VL-Adapter]
+    visual_width: int = 0           # of an image's features; 0: no image side. 2048: the last map of CLIP's ResNet-101 [R, X: VL-Adapter]
     visual_norm: bool = True        # layer norm, without weights, on the image's features: encoders differ widely in scale [C]
     vision: str = "both"            # a key of VISION; if the method has no prefixes (or no adapters), images get none either [C]
 
@@ -102,10 +106,10 @@ class Projector(nn.Module):
         z = F.linear(z, w_z, self.hidden.bias)                                                      # [(B,) N, Q]
         l = F.linear(layer, w_layer)[layer_ids]                                                     # [sites, N, Q]
         b = F.linear(block, w_block)[block_ids]                                                     # [sites, N, Q]
-        site = l + b
+        place = l + b
         if z.dim() == 3:                                                                            # one for all images
-            site = site[:, None]                                                                    # [sites, 1, N, Q]
-        return self.norm(self.out(F.relu(z + site)))                                                # eq. (1), (8)
+            place = place[:, None]                                                                  # [sites, 1, N, Q]
+        return self.norm(self.out(F.relu(z + place)))                                               # eq. (1), (8)
 
 
 class HyperEmbedding(nn.Module):
@@ -129,7 +133,7 @@ class HyperEmbedding(nn.Module):
 
     def embed_images(self, features):
         """Grid features [B, N, V] -> z_v [B, N, Z]."""
-        z = self.visual(features)                                                                   # eq. (7)
+        z = self.visual(features)                                           # eq. (7); normalised before, in HyperPELT.inject
         return z if self.per_position else z.mean(1, keepdim=True)          # the vector form has one position [C]
 
     def of_images(self, z, layer_ids, block_ids):
@@ -152,7 +156,7 @@ class PrefixHypernetwork(nn.Module):
     def forward(self, hyper):                                               # I [sites, N, E], of images [sites, B, N, E]
         keys = self.key(hyper)                                              # eq. (2): P_k  [sites, (B,) N, H*K]
         values = self.value(hyper)                                          # eq. (2): P_v
-        # In heads; the vector form's [sites, (B,) 1, N*H*K] holds the same numbers.
+        # Into N rows of H heads, from [sites, (B,) N, H*K] or, in the vector form, [sites, (B,) 1, N*H*K].
         keys, values = (p.reshape(*hyper.shape[:-2], *self.shape) for p in (keys, values))          # [sites, (B,) N, H, K]
         return keys.transpose(-3, -2), values.transpose(-3, -2)                                     # [sites, (B,) H, N, K]
 
@@ -167,7 +171,7 @@ class AdapterHypernetwork(nn.Module):
         self.down_bias = nn.Linear(config.hyper_dim, config.bottleneck)
         self.up = nn.Linear(config.hyper_dim, d_model * config.bottleneck)
         self.up_bias = nn.Linear(config.hyper_dim, d_model)
-        self.scale = nn.Parameter(torch.tensor(config.adapter_scale))       # lambda, trained [R]
+        self.scale = nn.Parameter(torch.tensor(config.adapter_scale))       # lambda, in h_A^v lambda_v; one for all sites [C], trained [R]
 
     def forward(self, hyper):                                               # I [sites, N, E], of images [sites, B, N, E]
         mean = hyper.mean(-2)                                               # [sites, (B,) E]; mean over positions: [C]
@@ -198,7 +202,7 @@ class Adapter:
     names = "down", "down_bias", "up", "up_bias"
 
     def __init__(self, *parts):                                             # (W_down, b_down, lambda W_up, lambda b_up)
-        self.parts = parts                                                  # [R, D], [R], [D, R], [D]; images [B, R, D] ...
+        self.parts = parts                                                  # [R, D], [R], [D, R], [D]; of images with B in front
 
     def __call__(self, u):                                                  # [B, S, D]; t5.py adds it to FFN(u): eq. (6)
         return sum(self.adapt(u, *part) for part in self.parts)             # eq. (10)
@@ -219,7 +223,8 @@ class HyperPELT(nn.Module):
     """A T5, frozen but for its layer norms, with the hypernetworks that serve it (paper: figure 1).
 
     t5: a float32 T5, which is frozen in place; tasks: list of names; dtype: of the frozen weights and the activations.
-    What is trained stays float32: layer norms, hypernetworks, task, layer, block and visual embeddings, nothing else [P].
+    Trained are layer norms, hypernetworks, and task, layer, block and visual embeddings, nothing else [P] (baselines: see METHODS);
+    what is trained is held in float32 [C].
     """
 
     def __init__(self, t5, tasks, config, dtype=torch.float32):
@@ -240,7 +245,7 @@ class HyperPELT(nn.Module):
             raise UserError(f"method {config.method} with vision {config.vision} lets no image in; vision tokens does")
         self.freeze(config.method == "full", dtype)
 
-        # The sites, in one order: attentions, then feed-forward blocks. A layer's id is its place in encoder, then decoder [C: apart].
+        # The sites, in one order: attentions, then feed-forward blocks. A layer's id counts through both stacks, the encoder first [C].
         d_model, heads, d_kv = t5.config.d_model, t5.config.num_heads, t5.config.d_kv
         encoder_layers, decoder_layers = len(t5.encoder.blocks), len(t5.decoder.blocks)
         all_sites = [(kind, i) for kind in BLOCK_TYPES for i in range(encoder_layers if kind.startswith("encoder") else decoder_layers)]
@@ -281,10 +286,10 @@ class HyperPELT(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Linear maps start as PyTorch makes them, with biases of 0, but for these. [C]
+        """Linear maps start with PyTorch's weights and with biases of 0. Exceptions [C]:
 
         z_tau, l_i, b_j: 1 - position_noise of the variance is one vector for all N positions, so that their mean, which the
-        adapters see, tells sites apart. W_up: a head of zeros, so that adapters are an exact no-op at first.
+        adapters see, tells sites apart. W_up and b_up: heads of zeros, so that adapters are an exact no-op at first.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("t5."):
@@ -313,8 +318,8 @@ class HyperPELT(nn.Module):
         """
         if not self.prefix_sites + self.adapter_sites:
             return {}
-        make = self.generate_weights if self.learned is None else self.learned
-        prefixes, adapters = make(self.tasks.index(task))
+        weights_of = self.generate_weights if self.learned is None else self.learned         # hypernetworks, or a baseline
+        prefixes, adapters = weights_of(self.tasks.index(task))
         sites = {site: Prefix(part) for site, part in self.by_site(self.prefix_sites, prefixes)}
         return sites | {site: Adapter(part) for site, part in self.by_site(self.adapter_sites, adapters)}
 
@@ -333,7 +338,7 @@ class HyperPELT(nn.Module):
     def add_images(self, sites, features):
         """A task's sites and a batch's grid features [B, N, V] -> the sites with the images' own parts. Leaves `sites` alone.
 
-        Here each image has weights of its own, so the products are as large as the backbone's and run in its dtype.
+        A task's weights are made in float32. Here each image has its own: products as large as the backbone's, hence in its dtype.
         """
         sites, first_adapter = dict(sites), len(self.prefix_sites)          # adapter sites come after the prefix sites
         with torch.autocast(features.device.type, self.t5.dtype, enabled=self.t5.dtype != torch.float32):
@@ -358,8 +363,9 @@ class HyperPELT(nn.Module):
         if self.image_tokens is not None:
             weight, bias = (p.to(self.t5.dtype) for p in self.image_tokens.parameters())
             return dict(sites=sites, front=F.linear(features, weight, bias))
-        if features.size(1) != self.config.prefix_length:                   # one row would silently serve for all N positions
-            raise ValueError(f"features of {features.size(1)} positions, expected prefix_length, {self.config.prefix_length}")
+        if not self.config.visual_width or features.size(1) != self.config.prefix_length:                   # one row would silently serve for all N positions
+            raise ValueError(f"features of {features.size(1)} positions and width {features.size(2)}, expected prefix_length,"
+                             f" {self.config.prefix_length}, and visual_width, {self.config.visual_width}")
         return dict(sites=self.add_images(sites, features))
 
     def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0, features=None):
@@ -371,7 +377,7 @@ class HyperPELT(nn.Module):
 # ------------------------------------------------------------------- without a hypernetwork: the baselines, eq. (11)
 
 class LearnedWeights(nn.Module):
-    """The weights of all sites, trained themselves: what the hypernetworks give, in the same shapes, for each task apart."""
+    """Weights of all sites in the shapes that the hypernetworks give: prefixes by eq. (11), adapters trained as they are, a set a task."""
 
     def __init__(self, config, t5_config, tasks, prefix_sites, adapter_sites):
         super().__init__()
@@ -389,7 +395,7 @@ class LearnedWeights(nn.Module):
             self.down_bias = nn.Parameter(torch.zeros(*shape, config.bottleneck))
             self.up = nn.Parameter(torch.zeros(*shape, d_model, config.bottleneck))         # a no-op at first, as in `initialise`
             self.up_bias = nn.Parameter(torch.zeros(*shape, d_model))
-            self.scale = nn.Parameter(torch.ones(()))                                       # lambda: 1 here [X: MAM]
+            self.scale = nn.Parameter(torch.ones(()))                                       # lambda, one for all: 1 at first [X: MAM]
 
     def forward(self, number):
         """Number of a task -> P_k, P_v [sites, H, N, K]; (W_down [sites, R, D], b_down [sites, R], lambda W_up, lambda b_up);
@@ -441,15 +447,15 @@ def main():
         print(f"{name:40}{shape:>18}{count:>14,}")
     backbone = sum(p.numel() for p in models["hyperpelt"].t5.parameters())
     print(f"\n{args.model}: {backbone:,} parameters; {args.tasks} task{'s' * (args.tasks > 1)}\n\n"
-          f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   published, T5-base, 8 tasks of text")
+          f"{'method':14}{'trained':>12}{'total':>10}{'per task':>11}{'deployed':>14}   known, T5-base, 8 tasks of text")
     known = {"hyperprefix": "1.01x [printed]", "hyperpelt": "1.02x, 0.24 % per task [reconstructed]", "prefix": "1.14x [printed]",
-             "hyperformer": "1.02x, 0.29 % per task: HyperFormer++ itself, more sites [its paper]"}
+             "hyperformer": "0.29 % per task: HyperFormer++ itself, more sites [HyperFormer's paper]"}
     for method, model in models.items():
         count = sum(p.numel() for p in model.trained().values())
         print(f"{method:14}{count:>12,}{1 + count / backbone:>9.4f}x{100 * count / args.tasks / backbone:>9.3f} %"
               f"{deployed(model):>14,}   {known.get(method, '-')}")
     print("\ntrained: what training changes and a checkpoint holds.  total: backbone + trained, of the backbone.\n"
-          "per task: trained / tasks, of the backbone.  deployed: prefixes, adapters and norms once they are generated"
+          "per task: trained, layer norms included [D], / tasks, of the backbone.  deployed: prefixes, adapters and norms once they are generated"
           + ("; an image's own are\nnot in it, they are generated for each image." if args.visual_width else "."))
 
 

@@ -5,7 +5,7 @@
     print(tokenizer.decode(model.generate(ids)[0].tolist()))
 
 The file is a T5 with its tokenizer and its download, and nothing more, with two seams through which a method may inject weights.
-Both are looked up in `sites`, a dict from (block type, layer) to a callable; with no `sites` neither does anything:
+(Embedded tokens may stand before the text as well: `front` of T5.encode.) Both are looked up in `sites`, a dict from (block type, layer) to a callable; with no `sites` neither does anything:
     1. Attention.keys_values: prefix(k, v) returns the keys and values with `prefix.length` more columns in front;
     2. Block.forward: adapter(u) is a term beside FFN(u), both fed by the same normed input u.
 
@@ -41,7 +41,7 @@ NAMES = [*V1_0, *(f"google/{family}-{size}" for family in ("flan-t5", "t5-v1_1")
 @dataclass
 class T5Config:
     d_model: int
-    d_kv: int                   # width of one head; num_heads * d_kv need not be d_model (T5-3B, T5-11B)
+    d_kv: int                   # width of one head; num_heads * d_kv need not be d_model (T5-3B, T5-11B, v1.1 small)
     d_ff: int
     num_layers: int             # of the encoder
     num_heads: int
@@ -128,7 +128,7 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids that ends with eos."""
-        ids, text = [], text.encode(errors="replace").decode()               # JSON can hold what is no letter: half of a pair
+        ids, text = [], text.encode(errors="replace").decode()               # JSON can hold lone surrogates
         for i, part in enumerate(re.split(r"\s*<extra_id_(\d\d?)>", text)):  # odd parts are the sentinels' numbers
             ids += [self.first_sentinel - int(part)] if i % 2 else self.pieces.encode(part)
         return ids + [1]
@@ -145,7 +145,7 @@ class Tokenizer:
 # ----------------------------------------------------------------------------------------------------------- model
 
 def embedding(rows, width):
-    """Without numbers yet: to draw them makes PyTorch load its compiler, a second and more, even where only shapes are made."""
+    """Holds whatever lies in memory until weights are loaded: to draw numbers makes PyTorch load its compiler, a second and more."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -237,7 +237,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of either stack: x + SelfAttention(norm(x)), in the decoder + CrossAttention(norm(x)), + FFN(norm(x))."""
+    """A layer of either stack (checkpoints say block; in hyperpelt.py a block is one of its terms): x + SelfAttention(norm(x)), in the
+    decoder + CrossAttention(norm(x)), + FFN(norm(x))."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
@@ -248,8 +249,8 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, mask, prefix, adapter, memory=None, memory_mask=None, memory_prefix=None, cache=None):
-        """x [B, T, D], memory (decoder only) [B, S, D] -> [B, T, D]. Masks as in Attention; prefix and adapter: of this block's
-        sites, or None; cache: this block's keys and values of earlier steps."""
+        """x [B, T, D], memory (decoder only) [B, S, D] -> [B, T, D]. mask (with the position bias) and memory_mask are added, as in
+        Attention; prefix, memory_prefix, adapter: of this layer's sites, or None; cache: this block's keys and values of earlier steps."""
         cache = {} if cache is None else cache
         u = self.self_norm(x)
         earlier = cache.get("self")
@@ -265,8 +266,8 @@ class Block(nn.Module):
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), *cache["cross"], memory_mask))
         u = self.ffn_norm(x)
         y = self.ffn(u)
-        if adapter is not None:                                              # seam 2: a term beside the FFN. x + FFN(u) + lambda A(u)
-            y = y + adapter(u)                                               # is eq. (6) of hyperpelt.py, or (10); lambda is in adapter
+        if adapter is not None:                                              # seam 2: y = FFN(u) + lambda A(u), lambda being in adapter:
+            y = y + adapter(u)                                               # eq. (6), (10) of hyperpelt.py; T5's dropout is on the sum [C]
         return x + self.dropout(y)
 
 
@@ -310,7 +311,7 @@ class Stack(nn.Module):
         return mask if padding is None else mask + padding_mask(padding, prefix_length, dtype)
 
     def forward(self, x, padding=None, memory=None, memory_padding=None, sites=None, caches=None):
-        """x [B, T, D], padding and memory_padding [B, S] (1 real, 0 padding), memory [B, S, D] -> [B, T, D].
+        """x [B, T, D] (in the encoder T = S), padding and memory_padding [B, S] (1 real, 0 padding), memory [B, S, D] -> [B, T, D].
 
         caches: one dict for each block, empty at the first decoding step; filled and extended in place.
         """

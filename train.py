@@ -2,7 +2,7 @@
 
     python train.py                                                                         # the bundled small T5 on bundled rows of RTE
     python train.py --ask "A man is eating." "A man eats."                                  # what that run answers
-    python train.py --task rte --model google/flan-t5-small --data-dir glue --download      # train, then evaluate
+    python train.py --task rte --model google/flan-t5-small --data-dir glue --download --out runs/rte    # train, then evaluate
     python train.py --out runs/rte-hyperpelt --resume                                       # go on after an interruption
     python train.py --out runs/rte-hyperpelt --eval-only                                    # evaluate the best checkpoint
     python train.py --out runs/rte-hyperpelt --predict submission                           # write a GLUE submission file
@@ -13,7 +13,7 @@
     torchrun --nproc_per_node=2 train.py ...                                                # one process a GPU
 
 A run's folder (--out) holds config.json (all settings), log.jsonl (a row for every few steps and every evaluation),
-metrics.json (the result), last.safetensors (what is trained, optimiser, generators, step: a run resumes from it exactly)
+metrics.json (the result), last.safetensors (what is trained, optimiser, generators, step: a run resumes from it, on a CPU to the same bytes)
 and best.safetensors (what is trained, nothing else). With neither --model nor --data-dir a run
 uses the folder sample/ beside this file.
 
@@ -62,7 +62,7 @@ SAMPLE_DEFAULTS = dict(split="official", lr=1e-3)   # of options, in their own t
 SIZES = HyperPELTConfig()
 GRADIENT_CLIP = 1.0        # largest norm of the whole gradient [C]
 LOG_EVERY = 10             # steps
-EVAL_BATCH = 64
+EVAL_BATCH = 64            # rows; as many choose the nearest task in start_from [C]
 FORMAT = 2                 # of a run's folder: what another version of this program has written otherwise is refused
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # torchrun sets them
 
@@ -70,7 +70,7 @@ RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK",
 # -------------------------------------------------------------------------------------------------------- settings
 
 OPTIONS = [  # name, type or choices, default, help
-    ("task", str, "rte", f"task, several with commas between, glue for the paper's eight, or vl for vqa, gqa and caption [R]: {', '.join([*data.TASKS, *data.IMAGE_TASKS])}"),
+    ("task", str, "rte", f"task, or several with commas between; alone, glue stands for the paper's eight, vl for vqa, gqa and caption [R; gqa P]: {', '.join([*data.TASKS, *data.IMAGE_TASKS])}"),
     ("model", str, "", "folder of a T5 checkpoint, or a public name, which is downloaded (default: the bundled sample/mini-t5)"),
     ("data-dir", str, "", "folder with RTE/train.tsv or glue/RTE/train.tsv (default: the bundled sample; with --model or --download: glue)"),
     ("features", str, "", "folder with the images' features as clip_features.py writes them: train2014.npy, train2014.json, ... (default: none; the sample has its own)"),
@@ -80,14 +80,14 @@ OPTIONS = [  # name, type or choices, default, help
     ("out", str, "", "folder of the run (default: runs/TASK-METHOD)"),
     ("split", ["paper", "official"], "paper", "paper: validation halved, or 1,000 training rows held out [P]; official: as the files are"),
     ("steps", data.in_range(int, 1), 0, "training steps (default: what --epochs gives) [R: 2^18]"),
-    ("epochs", data.in_range(float, 0.001), 6.0, "passes over the training rows [C]"),
+    ("epochs", data.in_range(float, 0.001), 6.0, "passes over the training rows; of several tasks as many steps as that takes, which --temperature shares out [C]"),
     ("batch-size", data.in_range(int, 1), 32, "rows of a step, of all processes together [C; R: 128]"),
     ("lr", data.in_range(float, 0), 2e-3, "learning rate of AdamW, without weight decay [C; R: 1e-3]"),
     ("schedule", ["constant", "linear"], "linear", "after the warm-up: constant [R], or linear to 0 [X: HyperFormer]"),
-    ("warmup-steps", data.in_range(int, 0), 10, "steps in which the learning rate rises from 0 [C; X: HyperFormer 500, VL-Adapter a tenth of all]"),
+    ("warmup-steps", data.in_range(int, 0), 10, "steps in which the learning rate rises to its full value [C; X: HyperFormer 500, VL-Adapter a tenth of all]"),
     ("label-smoothing", data.in_range(float, 0, 0.99), 0.0, "share of the target's probability spread over the vocabulary [C; X: 0.1]"),
     ("temperature", data.in_range(float, 1), 2.0, "T of several tasks' sampling, p ~ rows^(1/T) [R]"),
-    ("max-source-length", data.in_range(int, 8), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
+    ("max-source-length", data.in_range(int, 32), 128, "tokens; the longest field of a longer text is cut [X: HyperFormer]"),
     ("n-train", data.in_range(int, 1), 0, "training rows of each task, drawn by the seed (default: all)"),
     ("init-from", str, "", "folder of a run whose trained weights this one begins with (default: none)"),
     ("init-task", str, "", "its task whose embedding a new task begins with (default: the one with the least loss on training rows of the new one)"),
@@ -97,7 +97,7 @@ OPTIONS = [  # name, type or choices, default, help
     ("hyper-dim", data.in_range(int, 1, 10**5), SIZES.hyper_dim, "d_I, width of a hyper-embedding [R]"),
     ("seed", data.in_range(int, 0, 2**31), 0, "of initial weights, dropout and the order of the rows"),
     ("precision", ["auto", "fp32", "bf16"], "auto", "bf16: frozen weights and activations in bfloat16; auto: where the machine is fast at it"),
-    ("eval-every", data.in_range(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them)"),
+    ("eval-every", data.in_range(int, 1), 0, "steps between evaluations on validation (default: an epoch, or with --steps an eighth of them) [C; X: 1,000 or 2,000]"),
 ]
 DEFAULTS = {name.replace("-", "_"): default for name, _, default, _ in OPTIONS}
 PLACES = "out", "data_dir", "model", "features"    # these may differ from the saved run's: what lies there is compared instead
@@ -287,8 +287,8 @@ class Batch:
     input_ids: object     # tensor [B, S], 0 where padded
     labels: object        # tensor [B, T], -100 where padded
     features: object      # tensor [B, N, V], or None
-    share: float          # with one process 1; with several, how many times its own mean loss counts in their average, so that this is
-                          # the mean over all tokens of the batch: tokens of its rows / tokens of all rows * processes
+    share: float          # weight of this process' mean loss: processes * its tokens / all tokens of the batch (alone: 1); the average of
+                          # share * loss over the processes is then the mean over all tokens
 
 
 def make_batches(rows, settings):
@@ -384,7 +384,7 @@ def longest_answer(tokenizer, task):
     """-> the most tokens that an answer may have, the beams to look for it with."""
     if isinstance(task, data.ImageTask) and not task.labels:                 # answers in free words
         return task.max_answer, task.beams
-    # An answer that has not ended one token after the longest right one is none of them: longer ones are not asked for.
+    # Tokens of the longest right answer with its eos: whatever goes on beyond that is wrong anyway.
     words = task.labels.values() or [data.stsb_target(i / 5) for i in range(26)]
     return max(len(tokenizer.encode(word)) for word in words), 1
 
@@ -415,7 +415,7 @@ def answer(model, tokenizer, task, rows, stop):
 
 def answer_all(model, tokenizer, tasks, splits, rows, names, stop, known):
     """-> {(task, split): texts} on the named splits, {task: {split: {metric: value}}}; or None, None when the user stops it.
-    `known`: answers that are there already, as the first."""
+    `known`: answers made already, {(task, split): texts}."""
     answers, metrics = {}, {name: {} for name in tasks}
     for name, task in tasks.items():
         for split in (split for split in rows[name] if split in names):
@@ -428,7 +428,7 @@ def answer_all(model, tokenizer, tasks, splits, rows, names, stop, known):
 
 def averages(tasks, metrics, split):
     """{task: {split: {metric: value}}} -> means of those metrics that choose the checkpoint: {"metrics": over all of them, on GLUE the
-    average over 11 that papers print [X]; "tasks": over the tasks, each with its own mean. CIDEr, 0 to 10, counts as it is [C]}."""
+    average over 11 that papers print [X], "tasks": over the tasks' own means}. CIDEr counts as it is, 0 to 10 [C]."""
     values = [[metrics[name][split][metric] for metric in task.metrics] for name, task in tasks.items()]
     return {"metrics": float(np.mean(sum(values, []))), "tasks": float(np.mean([np.mean(part) for part in values]))}
 
@@ -569,9 +569,7 @@ def start_from(model, rows, marks, settings):
 
     model.eval()
     for task in model.tasks if by_task else []:
-        candidates = [task] if task in old else old
-        if settings.init_task:
-            candidates = [settings.init_task]
+        candidates = [task] if task in old else [settings.init_task] if settings.init_task else old
         first = data.draw_rows(rows[task]["train"], EVAL_BATCH, settings.seed)           # files may be sorted by label
         losses = {}
         for source in candidates:
@@ -688,7 +686,7 @@ def step_once(model, together, batch, optimiser, settings, at):
 
 def train(model, tokenizer, tasks, splits, rows, settings, stop):
     """The loop: evaluate and save when it is time, stop when asked, else one step -> the answers of the best evaluation, as
-    answer_all gives them; none where it was before a --resume."""
+    answer_all gives them; {} if that took place before a --resume."""
     out, log_path = Path(settings.out), Path(settings.out) / "log.jsonl"
     steps, batch = make_batches(rows, settings)
     eval_every = steps_between_evaluations(steps, settings)
@@ -707,7 +705,7 @@ def train(model, tokenizer, tasks, splits, rows, settings, stop):
         together = DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False,
                                            find_unused_parameters=len(tasks) > 1)
     if RANK:
-        progress.update(right=0, seen=0)                                     # the first process has those of all
+        progress.update(right=0, seen=0)                                     # the saved counts, sums over all, go to the first process
     right = torch.tensor(progress["right"], device=device)                   # on the device, so that no step waits for it
     log = open(log_path if RANK == 0 else os.devnull, "ab", buffering=0)
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=True if RANK else None)
@@ -819,10 +817,15 @@ def prepare(settings, saved):
     (hashes of what the run depends on). The model is on its device. Raises UserError where the run had another backbone, data, ..."""
     torch.manual_seed(settings.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    fetching = settings.download or not Path(settings.model).is_dir()
+    if fetching and RANK:
+        gather(None)                                                         # the first process fetches, the others find what it put there
     tokenizer, tasks = Tokenizer.from_pretrained(settings.model), find_tasks(settings.task)
     without_data, images = bool(settings.ask or settings.export), {}
     splits, rows = ({}, {}) if without_data else load_data(settings, tasks, tokenizer)
     t5 = T5.from_pretrained(settings.model)
+    if fetching and not RANK:
+        gather(None)
     if tokenizer.first_sentinel >= t5.config.vocab_size:
         raise UserError(f"{settings.model}: spiece.model and sentinels give {tokenizer.first_sentinel + 1} ids,"
                         f" config.json says vocab_size {t5.config.vocab_size}")
@@ -947,7 +950,7 @@ def introduce(t5, splits, settings):
     if settings.bundled and not settings.existing_run:
         visual = [name in data.IMAGE_TASKS for name in splits]
         folder = "vl --features features" if all(visual) else "DIR --features features" if any(visual) else "glue --download"
-        print(f"for real: python train.py --task {settings.task} --model t5-base --data-dir {folder}")
+        print(f"for real: python train.py --task {settings.task} --method {settings.method} --model t5-base --data-dir {folder} --out {settings.out}-t5-base")
 
 
 def align(rows):
@@ -1038,6 +1041,8 @@ def table(folders):
             if not isinstance(own.get(split), dict) or any(type(own[split].get(metric)) is not float for metric in task.metrics):
                 raise UserError(f"{run}/metrics.json: {name}: {split}: found {str(own.get(split))[:40]}, expected {', '.join(task.metrics)} as numbers")
             columns[name, split] = f"{name} {', '.join(task.metrics)}, {split}"
+            if (name, split) in results:
+                raise UserError(f"{run}: another of these runs has its settings, seed and task; expected each once")
             values = [own[split][metric] for metric in task.metrics]
             results[name, split] = values, trained, trained / config["backbone_parameters"]
 

@@ -152,7 +152,7 @@ def test_a_grid_of_another_size_is_refused(tmp_path):
     """Features of one position would otherwise serve for all N, without a word."""
     model, (ids, mask, labels) = make(tmp_path, visual_width=9, vision="both"), inputs()
     for positions in (1, 4):
-        with pytest.raises(ValueError, match=f"{positions} positions, expected prefix_length, 5"):
+        with pytest.raises(ValueError, match=f"{positions} positions and width 9, expected prefix_length, 5, and visual_width, 9"):
             model(ids, mask, labels, "rte", features=torch.zeros(len(ids), positions, 9))
 
 

@@ -82,7 +82,7 @@ def test_first_run(first, sample, checkpoint):
     size = sum(p.numel() for p in T5.from_pretrained(checkpoint).parameters())
     lines, config, metrics = stdout.split("\n"), read_json(out / "config.json"), read_json(out / "metrics.json")
     assert lines[0] == f"mini-t5 (bundled, {size / 1e6:.1f} M parameters) on bundled sample data: rte train 30, validation 8"
-    assert lines[1] == "for real: python train.py --task rte --model t5-base --data-dir glue --download"
+    assert lines[1] == "for real: python train.py --task rte --method hyperpelt --model t5-base --data-dir glue --download --out runs/rte-hyperpelt-t5-base"
     assert config["settings"]["split"] == "official" and config["settings"]["model"] == config["settings"]["data_dir"] == ""
     assert table(stdout) == {("rte", "validation", "accuracy"): (round(metrics["rte"]["validation"]["accuracy"], 4), 0.375, 8)}
     assert metrics["majority"] == {"rte": {"validation": {"accuracy": 0.375}}}
@@ -128,7 +128,7 @@ def test_ask_about_images(mixed, sample, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     stdout, lines = mixed[1], mixed[1].split("\n")
-    assert lines[0].endswith("rte train 30, validation 8; vqa train 8, validation 4") and lines[1].endswith("--data-dir DIR --features features")
+    assert lines[0].endswith("rte train 30, validation 8; vqa train 8, validation 4") and lines[1].endswith(f"--data-dir DIR --features features --out {mixed[0]}-t5-base")
     assert table(stdout)["vqa", "validation", "accuracy"][1:] == (0.65, 4)       # of 1, 0.6, 1, 0
     assert len(shown(stdout)) == 5 + 4 and "--ask vqa 'is it a man' val2014:4" in stdout
     answered = {answer["image"]: answer["predicted"] for answer in shown(stdout) if "image" in answer}

@@ -170,7 +170,7 @@ def test_first_command_runs_on_the_sample(tmp_path):
     stdout, _ = run(ROOT / "train.py", "--task", "rte", "--steps", 8, cwd=tmp_path)
     first, second = stdout.splitlines()[:2]
     assert first.startswith("mini-t5 (bundled, 7.1 M parameters) on bundled sample data: rte train 4,000, validation 400")
-    assert second == "for real: python train.py --task rte --model t5-base --data-dir glue --download"
+    assert second == "for real: python train.py --task rte --method hyperpelt --model t5-base --data-dir glue --download --out runs/rte-hyperpelt-t5-base"
     table = re.search(r"rte +validation +accuracy +(\S+) +(\S+) +400", stdout)
     labels = [row[-1] for row in rows("RTE", "dev")[1]]
     majority = max(("entailment", "not_entailment"), key=[row[-1] for row in rows("RTE", "train")[1]].count)
