@@ -40,7 +40,7 @@ TRAPS = [  # what goes wrong, file, the line's text, what stands there instead
     ("9 GELU by erf", "t5.py", 'approximate="tanh"', 'approximate="none"'),
     ("10 aliases are not read", "data.py", "if name in found and other in wanted and other not in found}", "if False}"),
     ("10 an unknown tensor is passed by", "data.py", "            elif not passed_by(name):\n", "            elif False:\n"),
-    ("11 only the first shard", "t5.py", "    return sorted(files)\n", "    return sorted(files)[:1]\n"),
+    ("11 only the first shard", "t5.py", "    return sorted(set(files))\n", "    return sorted(set(files))[:1]\n"),
     ("12 norm with a mean", "t5.py", "mean_square = torch.linalg.vector_norm(x, dim=-1,", "x = x - x.mean(-1, keepdim=True)\n        mean_square = torch.linalg.vector_norm(x, dim=-1,"),
     ("12 no dropout after the last norm", "t5.py", "return self.dropout(self.norm(x))", "return self.norm(x)"),
     ("12 no dropout after the embedding", "t5.py", "        x = self.dropout(x)\n        for i, block", "        for i, block"),
