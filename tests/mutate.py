@@ -102,7 +102,7 @@ def candidates(file):
             found.append((at, len(token.string), SWAPS[token.string]))
         elif token.type == tokenize.NUMBER:
             value = ast.literal_eval(token.string)
-            found.append((at, len(token.string), repr(value + 1 if isinstance(value, int) else value * 2)))
+            found.append((at, len(token.string), repr(value + 1 if isinstance(value, int) else 2 * value or 1.0)))
     return found
 
 

@@ -194,7 +194,7 @@ def test_a_terminal_that_is_closed(checkpoint, glue, tmp_path):
     """SIGHUP saves and stops, as SIGTERM does; under nohup it does nothing."""
     for ignored in (False, True):
         out = tmp_path / f"run{ignored}"
-        more = "import os, signal, train, data; old = train.learning_rate\n" + "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored + (
+        more = "import os, signal, train, data; old = train.learning_rate\n" + f"signal.signal(signal.SIGHUP, signal.SIG_{'IGN' if ignored else 'DFL'})\n" + (
             "def rate(step, *more):\n    if step == 2: os.kill(os.getpid(), signal.SIGHUP)\n    return old(step, *more)\ntrain.learning_rate = rate; data.run(train.main)")
         ended = execute("-c", more, *command(checkpoint, glue, out, *STEPS)[1:])
         assert ended.returncode == (0 if ignored else 129) and ("stopped at step 3" in ended.stderr) != ignored, ended.stderr
