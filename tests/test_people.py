@@ -129,6 +129,8 @@ def test_ask_about_images(mixed, sample, tmp_path, monkeypatch, capsys):
 
     stdout, lines = mixed[1], mixed[1].split("\n")
     assert lines[0].endswith("rte train 30, validation 8; vqa train 8, validation 4") and lines[1].endswith(f"--data-dir DIR --features features --out {mixed[0]}-t5-base")
+    means = read_json(mixed[0] / "metrics.json")["average"]["validation"]
+    assert f"\nmean of the 2 metrics on validation {means['metrics']:.4f}, of the 2 tasks {means['tasks']:.4f}\n" in stdout
     assert table(stdout)["vqa", "validation", "accuracy"][1:] == (0.65, 4)       # of 1, 0.6, 1, 0
     assert len(shown(stdout)) == 5 + 4 and "--ask vqa 'is it a man' val2014:4" in stdout
     answered = {answer["image"]: answer["predicted"] for answer in shown(stdout) if "image" in answer}
