@@ -3,6 +3,7 @@ import atexit
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background jobs and their children ignore Ctrl-C, and tests send it
 
 WORDS = ("a the cat dog bird fish man woman sees likes eats has big small red blue house tree and not is was it in on very rte "
          "sentence1: sentence2: entailment not_entailment stsb 0.0 1.0 2.0 3.0 4.0 5.0 question translate").split()

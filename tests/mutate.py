@@ -174,6 +174,8 @@ def main():
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "project"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+        if failed := judge(folder, "train.py", (ROOT / "train.py").read_text()):     # else every mutation would count as caught
+            sys.exit(f"{failed}, with nothing changed")
         for name, file, changed in mutations:
             if name not in known:
                 known[name] = judge(folder, file, changed)
