@@ -15,9 +15,10 @@ Rows times matrices in (2), (3), (7) and (9), matrices times columns in the othe
 VL-HyperPELT, for a task that comes with images, has a second side, with hypernetworks h_P^v and h_A^v of its own [P]:
     (7)  z_v = V W_v + c_v                                             visual embedding of an image's N grid features V [P; linear,
                                                                        position by position R], each normalised first [C]
-    (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v   visual hyper-embedding [R]; h_P^v, h_A^v are (2), (4) again
+    (8)  I^v_{i,j} = W2^v ReLU(W1^v [z_v ; l_i ; b_j] + c1^v) + c2^v   visual hyper-embedding [P; this form, a projector of its own R;
+                                                                       shared l_i, b_j C]; h_P^v, h_A^v are (2), (4) again
     (9)  K' = [P_k ; P_k^v ; x W_K],  V' = [P_v ; P_v^v ; x W_V]       the image's prefix after the task's [P; the order C]
-    (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                the image's adapter beside the task's [P; lambda_v R]
+    (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)                the image's adapter beside the task's [P; as in (6), lambda_v R]
 What it is compared with enters by (3), (5) and (6) too; its adapters are trained as they are, a set a task, its prefixes come from
     (11) [P_k, P_v] = W_b tanh(W_a E_tau + c_a) + c_b                  prefix-tuning, reparameterised: one network a block type gives
                                                                        all its layers [X], for all tasks [R]

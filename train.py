@@ -1056,7 +1056,7 @@ def table(folders):
     for key, by_seed in groups.items():
         own, first = json.loads(key), next(iter(by_seed.values()))
         others = [other for other in map(json.loads, groups) if other["method"] == own["method"]]
-        label = own["method"] + "".join(f", {k} {v}" for k, v in own.items() if any(other.get(k) != v for other in others))
+        label = own["method"] + "".join(f", {k} {'none' if v == '' else v}" for k, v in own.items() if any(other.get(k) != v for other in others))
         _, trained, shares = zip(*first.values())
         line = [label, f"{sum(trained):,.0f}", f"{sum(shares):.2%}", str(len(by_seed))]
         for column in columns:
