@@ -258,11 +258,14 @@ def test_long_targets_keep_their_end():
 
 
 @pytest.mark.parametrize("training, validation", [(1, 3), (3, 1)])
-def test_one_row_is_not_enough(training, validation, tmp_path):
+def test_one_row_is_not_enough_and_two_are(training, validation, tmp_path):
     for name, count in (("train.tsv", training), ("dev.tsv", validation)):
         write(tmp_path / "RTE", name, "index\tsentence1\tsentence2\tlabel", *(f"{i}\ta\tb\tentailment" for i in range(count)))
     with pytest.raises(UserError, match=f"found {training} training and {validation} validation rows, expected at least 2 of each"):
         data.make_splits(TASKS["rte"], tmp_path)
+    for name, count in (("train.tsv", 2), ("dev.tsv", 2)):
+        write(tmp_path / "RTE", name, "index\tsentence1\tsentence2\tlabel", *(f"{i}\ta\tb\tentailment" for i in range(count)))
+    assert {name: len(examples) for name, examples in data.make_splits(TASKS["rte"], tmp_path).items()} == {"train": 2, "validation": 1, "test": 1}
 
 
 @pytest.mark.parametrize("program", ["data", "train", "clip_features"])
