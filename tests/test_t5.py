@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import t5
-from conftest import make_checkpoint
+from conftest import ROOT, make_checkpoint
 from data import UserError, download
 from t5 import T5, T5Config, Tokenizer
 
@@ -236,6 +236,14 @@ def test_public_sizes():
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizer
+
+def test_sentinels_equal_transformers():
+    transformers = pytest.importorskip("transformers")
+    folder = ROOT / "sample" / "mini-t5"
+    theirs, ours = transformers.T5Tokenizer(str(folder / "spiece.model"), legacy=True), Tokenizer.from_pretrained(folder)
+    for text in ("A <extra_id_0> in the <extra_id_99> end", "The dog <extra_id_12> the cat."):
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+
 
 def test_tokenizer_equals_transformers(flan):
     transformers = pytest.importorskip("transformers")

@@ -112,13 +112,15 @@ def test_text_and_images_in_one_run(checkpoint, vl, glue, tmp_path):
     """--task rte,vqa: batches of either kind, of which the visual hypernetworks learn by one; resumed exactly all the same."""
     both = shutil.copytree(vl, tmp_path / "both")
     shutil.copytree(glue / "RTE", both / "RTE")
-    arguments = lambda name: command(checkpoint, both, tmp_path / name, "--steps", 40, "--eval-every", 20, task="rte,vqa")
+    arguments = lambda name: command(checkpoint, both, tmp_path / name, "--steps", 40, "--eval-every", 20, "--split", "paper", task="rte,vqa")
     run(*arguments("run"))
     run_killed_at(20, arguments("killed"))
     run("train.py", "--out", tmp_path / "killed", "--resume")
     for name in ("best.safetensors", "last.safetensors", "metrics.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert set(read_json(tmp_path / "run" / "metrics.json")) == {"best_step", "rte", "vqa", "average", "majority"}
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert set(metrics) == {"best_step", "rte", "vqa", "average", "majority"}
+    assert set(metrics["rte"]) == {"validation", "test"} and set(metrics["vqa"]) == set(metrics["average"]) == {"validation"}     # no mean of one task's test
     last = load_file(tmp_path / "run" / "last.safetensors")
     assert last["step.hyper_embedding.task"] == 40 and 5 < last["step.hyper_embedding.visual.weight"] < 35
 
