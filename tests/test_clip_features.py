@@ -87,10 +87,10 @@ def test_a_whole_clip(dtype, tmp_path):
 
 def test_config_may_leave_out_what_is_usual(tmp_path):
     """Public config.json files hold only what differs from ViT-B/32; heads and activation come from there as well."""
-    theirs = make_vit(tmp_path, hidden_size=24, num_attention_heads=12, hidden_act="quick_gelu")
+    theirs = make_vit(tmp_path, hidden_size=24, intermediate_size=3072, num_attention_heads=12, hidden_act="quick_gelu")
     config = tmp_path / "config.json"
     found = read_json(config)
-    config.write_text(json.dumps({k: v for k, v in found.items() if k not in ("num_attention_heads", "hidden_act", "layer_norm_eps")}))
+    config.write_text(json.dumps({k: v for k, v in found.items() if k not in ("intermediate_size", "num_attention_heads", "hidden_act", "layer_norm_eps")}))
     compare(theirs, load_encoder(tmp_path)[0], pixels())
     config.write_text(json.dumps({"model_type": "clip", "vision_config": {k: v for k, v in found.items() if k != "num_attention_heads"}}))
     compare(theirs, load_encoder(tmp_path)[0], pixels())
