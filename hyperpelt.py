@@ -105,8 +105,9 @@ class Projector(nn.Module):
         # W1 [z; l; b] is the sum of three products: each embedding meets its own columns of W1 once, not once per site.
         w_z, w_layer, w_block = self.hidden.weight.chunk(3, dim=1)                                  # [Q, Z] each
         z = F.linear(z, w_z, self.hidden.bias)                                                      # [(B,) N, Q]
-        l = F.linear(layer, w_layer)[layer_ids]                                                     # [sites, N, Q]
-        b = F.linear(block, w_block)[block_ids]                                                     # [sites, N, Q]
+        # index_select, as the gradient of x[ids] is summed in the order in which threads come.
+        l = F.linear(layer, w_layer).index_select(0, layer_ids)                                     # [sites, N, Q]
+        b = F.linear(block, w_block).index_select(0, block_ids)                                     # [sites, N, Q]
         place = l + b
         if z.dim() == 3:                                                                            # one for all images
             place = place[:, None]                                                                  # [sites, 1, N, Q]

@@ -10,7 +10,7 @@ import torch
 import hyperpelt
 import t5 as t5_module
 from conftest import make_checkpoint, run
-from hyperpelt import BLOCK_TYPES, METHODS, VISION, HyperPELT, HyperPELTConfig, Prefix
+from hyperpelt import BLOCK_TYPES, METHODS, VISION, HyperEmbedding, HyperPELT, HyperPELTConfig, Prefix
 from t5 import DECODER_CROSS, DECODER_SELF, ENCODER_SELF, T5, T5Config
 from test_t5 import inputs
 
@@ -436,3 +436,26 @@ def test_budget_command(tmp_path):
     assert "2 tasks" in run("hyperpelt.py", "--model", tmp_path, "--tasks", 2)[0]
     assert "t5-bas" in run("hyperpelt.py", "--model", "t5-bas", ok=False)[1]
     assert "--tasks" in run("hyperpelt.py", "--tasks", 0, ok=False)[1]
+
+
+def test_gradients_do_not_depend_on_the_order_of_threads():
+    """T5-base's sites, the paper's sizes: PyTorch sums the gradient of x[ids] by several threads as they come, unless x is small."""
+    torch.manual_seed(0)
+    embedding, layer_ids = HyperEmbedding(HyperPELTConfig(), 1, 24, visual=False), torch.arange(60) % 24
+    for parameter in embedding.parameters():
+        torch.nn.init.normal_(parameter)
+    out, found = torch.randn(60, 49, 64), set()
+    torch.set_num_threads(2)
+    try:
+    XX
+            embedding.zero_grad()
+            hyper = embedding(0, layer_ids, torch.arange(60) % 5)
+            hyper.backward(out)
+            found.add(embedding.layer.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(1)
+    assert len(found) == 1
+    nodes = [hyper.grad_fn]                                      # it takes many tries to see, so look for the gradient of x[ids] itself
+    for node in nodes:
+        nodes += [following for following, _ in node.next_functions if following is not None and following not in nodes]
+    assert len(nodes) > 8 and not any("IndexBackward" in node.name() for node in nodes)
