@@ -365,7 +365,7 @@ class HyperPELT(nn.Module):
         if self.image_tokens is not None:
             weight, bias = (p.to(self.t5.dtype) for p in self.image_tokens.parameters())
             return dict(sites=sites, front=F.linear(features, weight, bias))
-        if not self.config.visual_width or features.size(1) != self.config.prefix_length:                   # one row would silently serve for all N positions
+        if not self.config.visual_width or features.size(1) != self.config.prefix_length:  # one row would silently serve for all N positions
             raise ValueError(f"features of {features.size(1)} positions and width {features.size(2)}, expected prefix_length,"
                              f" {self.config.prefix_length}, and visual_width, {self.config.visual_width}")
         return dict(sites=self.add_images(sites, features))
