@@ -1,157 +1,178 @@
-"""T5 encoder-decoder (v1.0, v1.1 and Flan) in plain PyTorch: config, tokenizer, model, generation, loading.
+"""A complete T5 in plain PyTorch: config, tokenizer, model, generation, loading and download.
 
-    model, tokenizer = T5.from_pretrained("google/flan-t5-small"), Tokenizer.from_pretrained("google/flan-t5-small")
+The file reads the public checkpoints of T5 v1.0, T5 v1.1 and Flan-T5. It knows nothing about
+hypernetworks. A method that injects weights does so at two seams, which are marked "seam 1" and
+"seam 2" in comments. It passes `sites`, a dict {(block type, layer): object}:
+
+    seam 1, attention   prefix(k, v) returns keys and values [B, H, N+S, K], which have
+                        prefix.length (N) more columns in front
+    seam 2, FFN         adapter(u) is added to FFN(u), where u is the normed input of the FFN
+
+All layers of a block type have prefixes of the same length, so that they can share one mask.
+Source: Raffel et al. 2020 (T5) and Shazeer 2020 (the gated FFN of v1.1).
+
+Example of use:
+
+    model = T5.from_pretrained("google/flan-t5-small")
+    tokenizer = Tokenizer.from_pretrained("google/flan-t5-small")
     ids = torch.tensor([tokenizer.encode("translate English to German: The house is wonderful.")])
-    print(tokenizer.decode(model.generate(ids)[0].tolist()))
+    print(tokenizer.decode(model.generate(ids)[0]))
 
-The file is a T5 with its tokenizer and its download, and nothing more, with two seams through which a method may inject weights.
-(Embedded tokens may stand before the text as well: `front` of T5.encode.) Both are looked up in `sites`, a dict from (block type, layer) to a callable; with no `sites` neither does anything:
-    1. Attention.keys_values: prefix(k, v) returns the keys and values with `prefix.length` more columns in front;
-    2. Block.forward: adapter(u) is a term beside FFN(u), both fed by the same normed input u.
-
-Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated feed-forward of v1.1); tensor names as in public checkpoints.
-Shapes: B batch, S source length, T target length, N prefix length, D d_model, H heads, K d_kv, F d_ff; the vocabulary is spelled out.
+Shapes: B batch, S source, T target, N prefix, D d_model, H heads, K d_kv.
 """
-import itertools
+import json
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+import sys
+import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
 
-from data import UserError, digest, download, read_json, read_safetensors, read_tensors
+ENCODER_SELF = "encoder self-attention"
+ENCODER_FFN = "encoder FFN"
+DECODER_SELF = "decoder self-attention"
+DECODER_CROSS = "decoder cross-attention"
+DECODER_FFN = "decoder FFN"
 
-# The five block types of an encoder-decoder: the first half of a site's name.
-ENCODER_SELF, ENCODER_FFN = "encoder self-attention", "encoder FFN"
-DECODER_SELF, DECODER_CROSS, DECODER_FFN = "decoder self-attention", "decoder cross-attention", "decoder FFN"
-MASKED = -1e9  # added to a score: finite, so that a row of padding gives a number and not NaN; fits bfloat16
+# These ids are the same in every T5. Pad is also the first token that the decoder reads.
+PAD = 0
+EOS = 1
 
-# name -> (d_model, d_kv, d_ff, layers in each stack, heads)
-V1_0 = {"t5-small": (512, 64, 2048, 6, 8), "t5-base": (768, 64, 3072, 12, 12), "t5-large": (1024, 64, 4096, 24, 16),
-        "t5-3b": (1024, 128, 16384, 24, 32), "t5-11b": (1024, 128, 65536, 24, 128)}
-V1_1 = {"small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12), "large": (1024, 64, 2816, 24, 16),
-        "xl": (2048, 64, 5120, 24, 32), "xxl": (4096, 64, 10240, 24, 64)}
-NAMES = [*V1_0, *(f"google/{family}-{size}" for family in ("flan-t5", "t5-v1_1") for size in V1_1)]
+# Added to the scores of masked keys, and the score of impossible beams. It is finite, so that a
+# source of nothing but padding gives numbers instead of NaN, and it fits into bfloat16.
+MASKED = -1e9
+
+
+# ---- config --------------------------------------------------------------------------------------
+
+# The columns are d_model, d_kv, d_ff, layers in each stack, heads.
+V1_0_SIZES = {
+    "t5-small": (512, 64, 2048, 6, 8),
+    "t5-base": (768, 64, 3072, 12, 12),
+    "t5-large": (1024, 64, 4096, 24, 16),
+    "t5-3b": (1024, 128, 16384, 24, 32),
+    "t5-11b": (1024, 128, 65536, 24, 128),
+}
+V1_1_SIZES = {
+    "small": (512, 64, 1024, 8, 6),
+    "base": (768, 64, 2048, 12, 12),
+    "large": (1024, 64, 2816, 24, 16),
+    "xl": (2048, 64, 5120, 24, 32),
+    "xxl": (4096, 64, 10240, 24, 64),
+}
+NAMES = [*V1_0_SIZES,
+         *(f"google/flan-t5-{size}" for size in V1_1_SIZES),
+         *(f"google/t5-v1_1-{size}" for size in V1_1_SIZES)]
 
 
 @dataclass
 class T5Config:
+    """Sizes and variant of a T5. The fields are named as in a public config.json."""
     d_model: int
-    d_kv: int                   # width of one head; num_heads * d_kv need not be d_model (T5-3B, T5-11B, v1.1 small)
+    # The width of one head. num_heads * d_kv may differ from d_model.
+    d_kv: int
     d_ff: int
-    num_layers: int             # of the encoder
+    num_layers: int
     num_heads: int
-    num_decoder_layers: int
+    # None stands for as many layers as the encoder has.
+    num_decoder_layers: int = None
     vocab_size: int = 32128
-    feed_forward_proj: str = "relu"         # "relu": v1.0; "gated-gelu": v1.1 and Flan
-    tie_word_embeddings: bool = True        # True: head = embedding, its input times d_model^-0.5 (v1.0)
+    # "relu" is v1.0, "gated-gelu" is v1.1 and Flan.
+    feed_forward_proj: str = "relu"
+    # A tied model (v1.0) uses its embedding as output head and scales the input of the head.
+    tie_word_embeddings: bool = True
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     dropout_rate: float = 0.1
-    pad_token_id: int = 0                   # also the decoder's start token
-    eos_token_id: int = 1
+
+    def __post_init__(self):
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
 
     @classmethod
     def from_file(cls, path):
-        """Read a checkpoint's config.json; keys that the model has no use for are ignored. Raises UserError."""
+        """Read a public config.json. Raises ValueError where it is not the config of a T5."""
         found = read_json(path)
-        if found.get("model_type", "t5") != "t5":
-            raise UserError(f"{path}: model_type: found {found['model_type']!r}, expected 't5'")
-        values = {"num_decoder_layers": found.get("num_layers"), **found}
-        values = {field.name: values.get(field.name, field.default) for field in fields(cls)}
-        special = {"dropout_rate": (0, 0.99), "layer_norm_epsilon": (0, 1), "relative_attention_num_buckets": (4, 10**6),
-                   "pad_token_id": (0, 0), "eos_token_id": (1, 1), "num_layers": (1, 1000), "num_decoder_layers": (1, 1000)}
-        for field in fields(cls):
-            value, (low, high) = values[field.name], special.get(field.name, (1, 10**7))
-            if field.type in (int, float):
-                good, expected = type(value) in (int, field.type) and low <= value <= high, f"{field.type.__name__} from {low} to {high}"
-            elif field.type is bool:
-                good, expected = type(value) is bool, "true or false"
-            else:
-                good, expected = value in ("relu", "gated-gelu"), "relu or gated-gelu"
-            if not good:
-                shown = repr(value) if field.name in found else "nothing"
-                raise UserError(f"{path}: {field.name}: found {shown}, expected {expected}")
-        config = cls(**values)
-        exact = config.relative_attention_num_buckets // 2
-        if config.relative_attention_max_distance <= exact:
-            raise UserError(f"{path}: relative_attention_max_distance: found {config.relative_attention_max_distance}, expected more than {exact},"
-                            " half of the buckets")
-        return config
+        accepted = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"]}
+        for key, values in accepted.items():
+            if found.get(key, values[0]) not in values:
+                raise ValueError(f"{path}: {key}: found {found[key]!r}, expected one of {values}")
+        try:
+            return cls(**{key: found[key] for key in found if key in cls.__annotations__})
+        except TypeError as error:
+            # The message names the sizes that are missing.
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_name(cls, name):
-        """The config of a public size (no file needed): t5-base, google/flan-t5-base, ... Raises UserError."""
+        """The config of a public size, without any file. Raises ValueError for another name."""
         short = name.removeprefix("google-t5/")
-        if short in V1_0:
-            (d_model, d_kv, d_ff, layers, heads), more = V1_0[short], {}
-        elif name in NAMES:
-            d_model, d_kv, d_ff, layers, heads = V1_1[name.rsplit("-", 1)[1]]
-            more = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-        else:
-            raise UserError(f"model {name!r} is neither a folder nor a known size; the known ones are {', '.join(NAMES)}")
-        return cls(d_model, d_kv, d_ff, layers, heads, layers, **more)
+        if short in V1_0_SIZES:
+            return cls(*V1_0_SIZES[short])
+        if name not in NAMES:
+            raise ValueError(f"model {name!r} is unknown, expected one of {', '.join(NAMES)}")
+        size = name.rsplit("-", 1)[1]
+        return cls(*V1_1_SIZES[size], feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizer
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 class Tokenizer:
-    """Text <-> ids by a SentencePiece file, plus the 100 sentinels, which are not in the file.
+    """Text <-> ids by a SentencePiece file, and the 100 sentinels, which are not in that file.
 
-    T5's ids: pad 0, eos 1, unk 2, pieces up to 31,999, then <extra_id_99> = 32000 ... <extra_id_0> = 32099.
+    The pieces end at id 31999, then come <extra_id_99> = 32000 to <extra_id_0> = 32099. A file
+    that does not fit raises FileNotFoundError or ValueError.
     """
 
     def __init__(self, path):
-        """Raises UserError where `path` is missing or no SentencePiece model with T5's special ids."""
-        import sentencepiece
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file, expected the tokenizer's SentencePiece model")
-        open(path, "rb").close()                                 # without the right to read it: the system's own message
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise UserError(f"{path}: not a SentencePiece model (damaged?)") from None
-        special = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
-        if special != (0, 1, 2):
-            raise UserError(f"{path}: found pad, eos, unk = {special}, expected (0, 1, 2)")
-        self.first_sentinel = len(self.pieces) + 99              # the id of <extra_id_0>; they count downwards
-        self.mark = digest(path)[:16]                            # of the file, to tell it from others
+            self.pieces = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            special = [self.pieces.id_to_piece(i) for i in range(3)]
+        except (RuntimeError, IndexError):
+            raise ValueError(f"{path}: not a SentencePiece model") from None
+        if special != ["<pad>", "</s>", "<unk>"]:
+            raise ValueError(f"{path}: ids 0 to 2 are {special}, expected <pad>, </s>, <unk>")
+        # The id of <extra_id_0>.
+        self.largest_id = len(self.pieces) + 99
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
         return cls(find_checkpoint(name_or_folder) / "spiece.model")
 
     def encode(self, text):
-        """str -> list of ids that ends with eos."""
-        ids, text = [], text.encode(errors="replace").decode()               # JSON can hold lone surrogates
-        for i, part in enumerate(re.split(r"\s*<extra_id_(\d\d?)>", text)):  # odd parts are the sentinels' numbers
-            ids += [self.first_sentinel - int(part)] if i % 2 else self.pieces.encode(part)
-        return ids + [1]
+        """Text -> list of ids that ends with eos."""
+        ids = []
+        # Every second part is the number of a sentinel.
+        for i, part in enumerate(re.split(r"\s*<extra_id_(\d\d?)>", text)):
+            if i % 2 == 1:
+                ids.append(self.largest_id - int(part))
+            else:
+                ids += self.pieces.encode(part)
+        return ids + [EOS]
 
     def decode(self, ids):
-        """Ids (with or without pad and eos) -> str."""
-        parts = []
-        known = (int(i) for i in ids if 1 < i <= self.first_sentinel)        # the embedding's last rows stand for nothing
-        for is_sentinel, run in itertools.groupby(known, lambda i: i >= len(self.pieces)):
-            parts += [f"<extra_id_{self.first_sentinel - i}>" for i in run] if is_sentinel else [self.pieces.decode(list(run))]
-        return " ".join(parts)
+        """Ids, with or without pad and eos -> text. Ids that stand for nothing are left out."""
+        pieces = []
+        for i in map(int, ids):
+            if EOS < i < len(self.pieces):
+                pieces.append(self.pieces.id_to_piece(i))
+            elif len(self.pieces) <= i <= self.largest_id:
+                pieces.append(f" <extra_id_{self.largest_id - i}>")
+        return self.pieces.decode(pieces).strip()
 
 
-# ----------------------------------------------------------------------------------------------------------- model
-
-def embedding(rows, width):
-    """Holds whatever lies in memory until weights are loaded: to draw numbers makes PyTorch load its compiler, a second and more."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-
+# ---- layers --------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """No bias, as everywhere in T5. The weight follows the dtype of the activations: a frozen weight is held in it
-    already (nothing happens), a trained one stays float32 and is cast here."""
+    """A linear map without bias. A weight that is trained stays float32 and is cast for use."""
 
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out, bias=False)
@@ -160,352 +181,493 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.epsilon = config.layer_norm_epsilon
-
-    def forward(self, x):                                                    # [B, S, D]; no mean, no bias
-        # The mean square in float32 by way of a norm, which reads x as it is: .float() would write a copy of it first.
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square() / x.size(-1)     # [B, S, 1]
-        return x * torch.rsqrt(mean_square + self.epsilon).to(x.dtype) * self.weight.to(x.dtype)
-
-
-class Dropout(nn.Module):
-    """nn.Dropout, whose random numbers take a quarter of a training step on a CPU: there, one draw of 64 random bits
-    decides on four elements (16 bits each: the rate is exact to 1/65,536), which is eight times faster."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + epsilon) * weight. PyTorch takes the mean in float32."""
 
     def forward(self, x):
-        if not self.training or self.rate == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.rate)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        keep = bits[:x.numel()].view(x.shape) >= round(self.rate * 2**16) - 2**15
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.rate))
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with cheaper random numbers on a CPU.
+
+    One draw of 64 random bits decides four elements, 16 bits each, because one draw for every
+    element would make a training step a sixth slower.
+    """
+
+    def forward(self, x):
+        if not (self.training and self.p and x.device.type == "cpu"):
+            return super().forward(x)
+        draws = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
+        bits = draws.view(torch.int16)[:x.numel()].view(x.shape)
+        keep = bits >= round(self.p * 2**16) - 2**15
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    """Multi-head attention at one site. `sites` and `cache` are looked up by (block type, layer).
+
+    The cache holds keys and values: of all earlier decoding steps, or of the memory.
+    """
+
+    def __init__(self, config, site):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.q, self.k, self.v = (Linear(config.d_model, inner) for _ in range(3))
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
         self.o = Linear(inner, config.d_model)
-        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
+        self.heads = config.num_heads
+        self.site = site
 
-    def split(self, x):                                                      # [B, S, H*K] -> [B, H, S, K]
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+    def split(self, x):
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, S, K]
 
-    def keys_values(self, source, prefix=None):                              # [B, S, D]: what is looked at, its own input or the memory
-        k, v = self.split(self.k(source)), self.split(self.v(source))        # [B, H, S, K]
-        if prefix is not None:                                               # seam 1: more keys and values in front
-            k, v = prefix(k, v)                                              # [B, H, N+S, K]
+    def keys_values(self, source, sites, cache):
+        earlier = cache.get(self.site)
+        if earlier and self.site[0] == DECODER_CROSS:
+            return earlier
+
+        k = self.split(self.k(source))
+        v = self.split(self.v(source))
+        if earlier:
+            # The prefix stands in front of the earlier ones already.
+            k = torch.cat([earlier[0], k], 2)
+            v = torch.cat([earlier[1], v], 2)
+        elif self.site in sites:
+            # This is seam 1: a prefix extends the keys and values.
+            k, v = sites[self.site](k, v)  # [B, H, N+S, K]
+        cache[self.site] = (k, v)
         return k, v
 
-    def forward(self, u, k, v, mask):
-        """u [B, T, D]; k, v [B, H, N+S, K]; mask, added to the scores, [B or 1, H or 1, T or 1, N+S] -> [B, T, D]."""
-        q = self.split(self.q(u))                                            # [B, H, T, K]
-        # Both branches are softmax(q k^T + mask) v: T5 does not divide scores by sqrt(K). Written out it is faster on a CPU.
+    def forward(self, u, source, mask, sites, cache):
+        """u [B, T, D] attends to source [B, S, D] -> [B, T, D]. mask is added to the scores."""
+        q = self.split(self.q(u))  # [B, H, T, K]
+        k, v = self.keys_values(source, sites, cache)
+
+        # T5 does not divide the scores by sqrt(K). Written out, attention is faster on a CPU.
         if u.device.type == "cpu":
-            y = self.dropout(torch.softmax(q @ k.transpose(2, 3) + mask, -1)) @ v
+            scores = q @ k.transpose(2, 3) + mask  # [B, H, T, N+S]
+            y = self.dropout(scores.softmax(-1)) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0,
-                                               dropout_p=self.dropout.rate if self.training else 0.0)
-        return self.o(y.transpose(1, 2).flatten(2))                          # [B, T, D]
+            rate = self.dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate, scale=1.0)
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, site):
         super().__init__()
-        self.gated = config.feed_forward_proj == "gated-gelu"
-        if self.gated:
+        self.is_gated = config.feed_forward_proj == "gated-gelu"
+        if self.is_gated:
             self.wi_0 = Linear(config.d_model, config.d_ff)
             self.wi_1 = Linear(config.d_model, config.d_ff)
         else:
             self.wi = Linear(config.d_model, config.d_ff)
         self.wo = Linear(config.d_ff, config.d_model)
         self.dropout = Dropout(config.dropout_rate)
+        self.site = site
 
-    def forward(self, u):                                                    # [B, S, D]
-        y = F.gelu(self.wi_0(u), approximate="tanh") * self.wi_1(u) if self.gated else F.relu(self.wi(u))
-        return self.wo(self.dropout(y))                                      # [B, S, F] -> [B, S, D]
+    def forward(self, u, sites):
+        if self.is_gated:
+            y = F.gelu(self.wi_0(u), approximate="tanh") * self.wi_1(u)
+        else:
+            y = F.relu(self.wi(u))
+        y = self.wo(self.dropout(y))
+        if self.site in sites:
+            # This is seam 2: an adapter stands beside the FFN.
+            y = y + sites[self.site](u)
+        return y
 
 
 class Block(nn.Module):
-    """A layer of either stack (checkpoints say block; in hyperpelt.py a block is one of its terms): x + SelfAttention(norm(x)), in the
-    decoder + CrossAttention(norm(x)), + FFN(norm(x))."""
+    """One layer of a stack: x + SelfAttention(norm(x)), + CrossAttention(norm(x)) in the decoder,
+    + FFN(norm(x)), with dropout on each term."""
 
-    def __init__(self, config, is_decoder):
+    def __init__(self, config, is_decoder, layer):
         super().__init__()
-        self.self_norm, self.self_attention = RMSNorm(config), Attention(config)
+        self_type = DECODER_SELF if is_decoder else ENCODER_SELF
+        ffn_type = DECODER_FFN if is_decoder else ENCODER_FFN
+        self.self_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.self_attention = Attention(config, (self_type, layer))
         if is_decoder:
-            self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config)
-        self.ffn_norm, self.ffn = RMSNorm(config), FeedForward(config)
+            self.cross_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+            self.cross_attention = Attention(config, (DECODER_CROSS, layer))
+        self.ffn_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.ffn = FeedForward(config, (ffn_type, layer))
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x, mask, prefix, adapter, memory=None, memory_mask=None, memory_prefix=None, cache=None):
-        """x [B, T, D], memory (decoder only) [B, S, D] -> [B, T, D]. mask (with the position bias) and memory_mask are added, as in
-        Attention; prefix, memory_prefix, adapter: of this layer's sites, or None; cache: this block's keys and values of earlier steps."""
-        cache = {} if cache is None else cache
+    def forward(self, x, mask, memory, memory_mask, sites, cache):
         u = self.self_norm(x)
-        earlier = cache.get("self")
-        k, v = self.self_attention.keys_values(u, prefix if earlier is None else None)  # the prefix is in the cache already
-        if earlier is not None:
-            k, v = torch.cat([earlier[0], k], 2), torch.cat([earlier[1], v], 2)         # [B, H, N+t, K]
-        cache["self"] = k, v
-        x = x + self.dropout(self.self_attention(u, k, v, mask))
+        x = x + self.dropout(self.self_attention(u, u, mask, sites, cache))
         if memory is not None:
-            if "cross" not in cache:                                         # the same at every decoding step
-                keys_values = self.cross_attention.keys_values(memory, memory_prefix)
-                cache["cross"] = tuple(t.contiguous() for t in keys_values)  # one copy now in place of one at every step
-            x = x + self.dropout(self.cross_attention(self.cross_norm(x), *cache["cross"], memory_mask))
+            u = self.cross_norm(x)
+            x = x + self.dropout(self.cross_attention(u, memory, memory_mask, sites, cache))
         u = self.ffn_norm(x)
-        y = self.ffn(u)
-        if adapter is not None:                                              # seam 2: y = FFN(u) + lambda A(u), lambda being in adapter:
-            y = y + adapter(u)                                               # eq. (6), (10) of hyperpelt.py; T5's dropout is on the sum [C]
-        return x + self.dropout(y)
+        return x + self.dropout(self.ffn(u, sites))
 
 
-def relative_bucket(distance, bidirectional, buckets, max_distance):
-    """Key position minus query position -> bucket id, both [T, S]. Half of the buckets are exact, the rest logarithmic."""
-    bucket = torch.zeros_like(distance)
-    if bidirectional:
-        buckets //= 2
-        bucket += (distance > 0) * buckets
-        distance = distance.abs()
-    else:
+# ---- stacks --------------------------------------------------------------------------------------
+
+def relative_bucket(distance, is_decoder, config):
+    """Key position minus query position -> number of the bucket, both [T, S].
+
+    Half of the buckets hold one distance each, the others grow logarithmically. The encoder keeps
+    the upper half of all buckets for keys after the query.
+    """
+    buckets = config.relative_attention_num_buckets
+    first = 0
+    if is_decoder:
         distance = (-distance).clamp(min=0)
+    else:
+        buckets = buckets // 2
+        first = buckets * (distance > 0)
+        distance = distance.abs()
+
     exact = buckets // 2
-    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
-    return bucket + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
+    growth = math.log(config.relative_attention_max_distance / exact) / (buckets - exact)
+    far = exact + (torch.log(distance.clamp(min=1) / exact) / growth).long()
+    return first + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
 class Stack(nn.Module):
-    """Encoder or decoder: blocks, the relative position bias that all its self-attentions share, the last norm."""
+    """The encoder or the decoder. Its self-attentions share one table of position biases."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        self.config, self.is_decoder = config, is_decoder
-        self.relative_bias = embedding(config.relative_attention_num_buckets, config.num_heads)
-        count = config.num_decoder_layers if is_decoder else config.num_layers
-        self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(count))
-        self.norm = RMSNorm(config)
+        self.config = config
+        self.is_decoder = is_decoder
+        buckets = config.relative_attention_num_buckets
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.relative_bias = nn.Embedding(buckets, config.num_heads)
+        self.blocks = nn.ModuleList(Block(config, is_decoder, layer) for layer in range(layers))
+        self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
 
-    def self_mask(self, length, past, padding, prefix_length, dtype):
-        """Additive mask of all self-attentions: position bias, padding, causality; 0 over the N prefix columns. For `length` new
-        tokens, T, after `past` ones that are in the cache."""
-        keys = torch.arange(past + length, device=self.norm.weight.device)
-        distance = keys - keys[past:, None]                                  # [T, past+T]
-        bucket = relative_bucket(distance, not self.is_decoder, self.config.relative_attention_num_buckets,
-                                 self.config.relative_attention_max_distance)
-        mask = F.embedding(bucket, self.relative_bias.weight).permute(2, 0, 1)[None]    # [1, H, T, past+T]
+    def position_bias(self, length, past):
+        """The bias, and in the decoder causality, of `length` tokens after `past` cached ones."""
+        keys = torch.arange(past + length, device=self.relative_bias.weight.device)
+        distance = keys - keys[past:, None]  # [T, past+T]
+        bucket = relative_bucket(distance, self.is_decoder, self.config)
+        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # [1, H, T, past+T]
         if self.is_decoder:
-            mask = mask + MASKED * (distance > 0)
-        mask = F.pad(mask, (prefix_length, 0)).to(dtype)                     # [1, H, T, N+past+T]
-        return mask if padding is None else mask + padding_mask(padding, prefix_length, dtype)
+            bias = bias + MASKED * (distance > 0)
+        return bias
 
-    def forward(self, x, padding=None, memory=None, memory_padding=None, sites=None, caches=None):
-        """x [B, T, D] (in the encoder T = S), padding and memory_padding [B, S] (1 real, 0 padding), memory [B, S, D] -> [B, T, D].
+    def forward(self, x, attention_mask, memory=None, sites=None, cache=None):
+        """x [B, T, D] -> [B, T, D]. attention_mask [B, S] is the source's; the encoder has T = S.
 
-        caches: one dict for each block, empty at the first decoding step; filled and extended in place.
+        The decoder gets the memory [B, S, D], and fills `cache`, a dict that is empty at first.
         """
         sites = sites or {}
-        self_type, ffn_type = (DECODER_SELF, DECODER_FFN) if self.is_decoder else (ENCODER_SELF, ENCODER_FFN)
-        # The prefixes of a block type are of one length, so that one mask serves all layers.
-        n, memory_n = (sites[kind, 0].length if (kind, 0) in sites else 0 for kind in (self_type, DECODER_CROSS))
-        past = 0
-        if caches is not None and "self" in caches[0]:
-            past = caches[0]["self"][0].size(2) - n
-        mask = self.self_mask(x.size(1), past, padding, n, x.dtype)
-        memory_mask = None if memory is None else padding_mask(memory_padding, memory_n, x.dtype)
+        first_site = self.blocks[0].self_attention.site
+        prefix_length = getattr(sites.get(first_site), "length", 0)
+        past = cache[first_site][0].size(2) - prefix_length if cache else 0
+
+        # One mask serves all layers. The position bias of a prefix is 0.
+        bias = self.position_bias(x.size(1), past)
+        mask = F.pad(bias, (prefix_length, 0)).to(x.dtype)  # [1, H, T, N+past+T]
+        if self.is_decoder:
+            prefix_length = getattr(sites.get((DECODER_CROSS, 0)), "length", 0)
+        padding = (1 - attention_mask.to(x.dtype)) * MASKED
+        padding = F.pad(padding, (prefix_length, 0))[:, None, None]  # [B, 1, 1, N+S]
+        if not self.is_decoder:
+            mask = mask + padding
+
         x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            x = block(x, mask, sites.get((self_type, i)), sites.get((ffn_type, i)), memory, memory_mask,
-                      sites.get((DECODER_CROSS, i)), None if caches is None else caches[i])
+        for block in self.blocks:
+            x = block(x, mask, memory, padding, sites, {} if cache is None else cache)
         return self.dropout(self.norm(x))
 
 
-def padding_mask(real, prefix_length, dtype):
-    """[B, S] of 1 (real) and 0 (padding) -> additive [B, 1, 1, N+S]; the N columns of a prefix are never masked."""
-    return F.pad((1 - real.to(dtype)) * MASKED, (prefix_length, 0))[:, None, None]
-
+# ---- model ---------------------------------------------------------------------------------------
 
 class T5(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.shared = embedding(config.vocab_size, config.d_model)
-        self.encoder, self.decoder = Stack(config, is_decoder=False), Stack(config, is_decoder=True)
+        # The dtype of the activations. Trained parameters stay float32 beside bfloat16.
+        self.dtype = torch.float32
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, is_decoder=False)
+        self.decoder = Stack(config, is_decoder=True)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.dtype = torch.float32              # of the activations; HyperPELT sets bfloat16 when it freezes the model
 
     def encode(self, input_ids, attention_mask=None, sites=None, front=None):
-        """input_ids [B, S], attention_mask [B, S] (1 real, 0 padding; default: not pad) -> memory [B, S, D], its mask [B, S].
+        """input_ids [B, S] -> memory [B, S, D] and its attention_mask [B, S].
 
-        front: tokens [B, N, D] that are embedded already and go before the text; memory and mask are longer by them.
+        attention_mask: 1 for real tokens, 0 for padding. By default all but pad is real.
+        front: embeddings [B, N, D] that go before the text; memory and mask grow by them.
         """
-        attention_mask = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask
+        if attention_mask is None:
+            attention_mask = input_ids != PAD
         x = self.shared(input_ids).to(self.dtype)
         if front is not None:
-            x, attention_mask = torch.cat([front, x], 1), F.pad(attention_mask, (front.size(1), 0), value=1)
+            x = torch.cat([front, x], 1)  # [B, N+S, D]
+            attention_mask = F.pad(attention_mask, (front.size(1), 0), value=1)
         return self.encoder(x, attention_mask, sites=sites), attention_mask
 
-    def decode(self, decoder_input_ids, memory, attention_mask, sites=None, caches=None):
-        """decoder_input_ids [B, T], memory [B, S, D] -> logits [B, T, vocabulary]. With caches: only the new tokens are given."""
-        x = self.decoder(self.shared(decoder_input_ids).to(self.dtype), None, memory, attention_mask, sites, caches)
-        if self.config.tie_word_embeddings:
-            return F.linear(x * self.config.d_model**-0.5, self.shared.weight.to(x.dtype))
-        return self.lm_head(x)
+    def decode(self, decoder_input_ids, memory, attention_mask, sites=None, cache=None):
+        """decoder_input_ids [B, T] -> logits [B, T, vocabulary]; with a cache, only new ids."""
+        x = self.shared(decoder_input_ids).to(self.dtype)
+        x = self.decoder(x, attention_mask, memory, sites, cache)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(x)
+        return F.linear(x * self.config.d_model**-0.5, self.shared.weight.to(x.dtype))
 
-    def forward(self, input_ids, attention_mask, labels, sites=None, front=None, label_smoothing=0.0):
-        """input_ids, attention_mask (or None) [B, S], labels [B, T] (-100: no loss) -> logits [B, T, vocabulary], mean loss per token."""
-        shifted = F.pad(labels, (1, -1), value=self.config.pad_token_id)     # the decoder starts from pad
-        shifted = shifted.masked_fill(shifted == -100, self.config.pad_token_id)
-        logits = self.decode(shifted, *self.encode(input_ids, attention_mask, sites, front), sites)
+    def forward(self, input_ids, attention_mask, labels, sites=None, front=None,
+                label_smoothing=0.0):
+        """labels [B, T], -100 for no loss -> logits [B, T, vocabulary], mean loss per token."""
+        # The decoder reads pad, then the labels that precede the one to predict.
+        shifted = F.pad(labels, (1, -1), value=PAD)
+        shifted = shifted.masked_fill(shifted == -100, PAD)
+        memory, attention_mask = self.encode(input_ids, attention_mask, sites, front)
+        logits = self.decode(shifted, memory, attention_mask, sites)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100,
                                label_smoothing=label_smoothing)
         return logits, loss
 
-    # ------------------------------------------------------------------------------------------------- generation
-
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, max_new_tokens=20, num_beams=1, sites=None, front=None):
-        """Greedy (num_beams 1) or beam search -> ids [B, <= max_new_tokens], padded after eos, without the start token."""
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=20, num_beams=1, sites=None,
+                 front=None):
+        """Beam search, greedy with one beam -> ids [B, <= max_new_tokens], padded after eos.
+
+        Outputs are ranked by log-probability over length. An example is settled once num_beams
+        finished outputs are at least as good as its best running beam."""
         memory, attention_mask = self.encode(input_ids, attention_mask, sites, front)
-        caches = [{} for _ in self.decoder.blocks]
-        start = torch.full_like(input_ids[:, :1], self.config.pad_token_id)
-        logits = self.decode(start, memory, attention_mask, sites, caches)[:, -1].float()      # [B, vocabulary]
-        if num_beams > 1:
-            return self.beam_search(logits, memory, attention_mask, max_new_tokens, num_beams, sites, caches)
-        output, done = [], torch.zeros_like(start, dtype=torch.bool)
-        while True:
-            token = logits.argmax(-1, keepdim=True).masked_fill(done, self.config.pad_token_id)  # [B, 1]
-            output.append(token)
-            done |= token == self.config.eos_token_id
-            if done.all() or len(output) == max_new_tokens:
-                return torch.cat(output, 1)
-            logits = self.decode(token, memory, attention_mask, sites, caches)[:, -1]
+        cache = {}
+        # The start token is the only beam of the first step.
+        ids = torch.full_like(input_ids[:, :1], PAD)  # [B * beams, 1+t]
+        rows = torch.arange(len(ids), device=ids.device)[:, None]  # [B, 1]
+        score = torch.zeros_like(ids, dtype=torch.float32)  # [B, beams]
+        finished = ids.new_full((len(ids), num_beams, 1 + max_new_tokens), PAD)
+        finished_score = score.new_full((len(ids), num_beams), MASKED)
+        settled = torch.zeros_like(ids, dtype=torch.bool)
 
-    def beam_search(self, logits, memory, attention_mask, max_new_tokens, beams, sites, caches):
-        """Beams ranked by log-probability over length, as transformers does by default (length_penalty 1, no early stop).
-
-        A row is settled once its `beams` finished outputs are at least as good as its best running beam is now.
-        """
-        batch, vocabulary = logits.shape
-        rows = torch.arange(batch, device=logits.device)[:, None]                              # [B, 1]
-        running = logits.new_zeros(batch, 1, 0, dtype=torch.long)                              # [B, beams, t]
-        score = logits.new_zeros(batch, 1)                                                     # [B, beams]
-        finished = torch.full((batch, beams, max_new_tokens), self.config.pad_token_id, device=logits.device)
-        finished_score = torch.full((batch, beams), -1e9, device=logits.device)
-        settled = torch.zeros(batch, 1, dtype=torch.bool, device=logits.device)                # of each row: nothing better can come
-        memory, attention_mask = (t.repeat_interleave(beams, 0) for t in (memory, attention_mask))
         for length in range(1, max_new_tokens + 1):
-            total = score[:, :, None] + logits.float().log_softmax(-1).view(batch, -1, vocabulary)
-            best, index = total.flatten(1).topk(2 * beams)                 # twice as many: half of them may be finished
-            parent, token = index // vocabulary, index % vocabulary                            # [B, 2*beams]
-            candidate = torch.cat([running[rows, parent], token[:, :, None]], 2)               # [B, 2*beams, t]
-            ended = (token == self.config.eos_token_id) | (length == max_new_tokens)
-            new_score = (best / length).masked_fill(~ended | settled, -1e9)
-            new_score[:, beams:] = -1e9                                    # only the best `beams` candidates may finish
-            padded = F.pad(candidate, (0, max_new_tokens - length), value=self.config.pad_token_id)
-            finished_score, keep = torch.cat([finished_score, new_score], 1).topk(beams)
-            finished = torch.cat([finished, padded], 1)[rows, keep]
-            score, keep = best.masked_fill(ended, -1e9).topk(beams)
-            running, parent = candidate[rows, keep], parent[rows, keep]
-            settled |= score[:, :1] / length <= finished_score[:, -1:]
-            if settled.all() or length == max_new_tokens:
-                break
-            # A beam takes its parent's cache along; the cross-attention's is the same for all beams of a row. After the first token
-            # the caches still have one line for each row, later one for each beam.
-            order = (rows * (beams if length > 1 else 1) + parent).flatten()
-            for cache in caches:
-                cache["self"] = tuple(t[order] for t in cache["self"])
-                if length == 1:
-                    cache["cross"] = tuple(t.repeat_interleave(beams, 0) for t in cache["cross"])
-            logits = self.decode(running[:, :, -1].reshape(-1, 1), memory, attention_mask, sites, caches)[:, -1]
-        return finished[:, 0, :length]
+            logits = self.decode(ids[:, -1:], memory, attention_mask, sites, cache)
+            total = score[:, :, None] + logits.float().log_softmax(-1).view(*score.shape, -1)
+            # Take twice as many candidates as beams, because half of them may end here.
+            best, index = total.flatten(1).topk(2 * num_beams)
+            parent = rows * total.size(1) + index // total.size(2)
+            token = index[:, :, None] % total.size(2)
+            candidate = torch.cat([ids[parent], token], 2)  # [B, 2 * beams, 1+t]
+            ended = (candidate[:, :, -1] == EOS) | (length == max_new_tokens)
+            # Of the best num_beams candidates, those that ended compete with the finished ones.
+            end_score = (best / length).masked_fill(~ended | settled, MASKED)[:, :num_beams]
+            padded = F.pad(candidate, (0, max_new_tokens - length), value=PAD)
+            finished_score, kept = torch.cat([finished_score, end_score], 1).topk(num_beams)
+            finished = torch.cat([finished, padded], 1)[rows, kept]
 
-    # ---------------------------------------------------------------------------------------------------- loading
+            score, kept = best.masked_fill(ended, MASKED).topk(num_beams)
+            settled |= score[:, :1] / length <= finished_score[:, -1:]
+            if settled.all():
+                break
+            ids = candidate[rows, kept].flatten(0, 1)
+            order = parent[rows, kept].flatten()
+            attention_mask = attention_mask[order]
+            reorder(cache, order, length)
+        return finished[:, 0, 1:length + 1]
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """A folder with config.json and model.safetensors (or its shards and index), or a public name -> float32 T5, in eval mode.
+        """A folder or a public name -> float32 T5 in eval mode.
 
-        Raises UserError for a missing or damaged file, and for every missing, unknown or misshapen tensor.
+        Raises FileNotFoundError, or ValueError for a file that does not fit config.json.
         """
         folder = find_checkpoint(name_or_folder)
-        with torch.device("meta"):                                           # shapes only: nothing is filled twice
+        with torch.device("meta"):
             model = cls(T5Config.from_file(folder / "config.json"))
-        wanted = {public_name(name): tensor for name, tensor in model.state_dict().items()}
-        copies = [name for name in COPIES if name not in wanted]
-        paths = [folder / "model.safetensors"]
-        if not paths[0].exists() and (folder / INDEX).exists():
-            paths = [folder / file for file in shard_names(folder / INDEX)]
-        found, _ = read_tensors(paths, wanted | dict.fromkeys(copies, model.shared.weight), "the weights of the T5 in config.json",
-                                optional=copies, passed_by=lambda name: name == STRAY)
-        for copy in copies:
-            if copy in found and not torch.equal(found[copy], found["shared.weight"]):
-                raise UserError(f"{folder}: tensor {copy} differs from shared.weight, but config.json says that they are one")
-        model.load_state_dict({name: found[public_name(name)].float() for name in model.state_dict()}, assign=True)
+        path, tensors = read_weights(folder)
+
+        def is_ignored(name):
+            is_copy = name in COPIES and tensors[name].equal(tensors["shared.weight"])
+            return is_copy or name == STRAY
+
+        load_weights(model, tensors, path, public_name, is_ignored)
         return model.eval()
 
 
-# ours -> the name in public checkpoints
-RENAMED = [("blocks.", "block."), ("self_norm", "layer.0.layer_norm"), ("self_attention", "layer.0.SelfAttention"),
-           ("cross_norm", "layer.1.layer_norm"), ("cross_attention", "layer.1.EncDecAttention"),
-           ("relative_bias", "block.0.layer.0.SelfAttention.relative_attention_bias")]
-COPIES = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]   # of shared.weight, in some files
-INDEX = "model.safetensors.index.json"
-STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"            # a relic of old conversions
+def reorder(cache, order, length):
+    """Give each beam the keys and values of its parent. The memory's are the same for all beams of
+    an example: they are only repeated, after the first step."""
+    for site, pair in cache.items():
+        if length == 1 or site[0] == DECODER_SELF:
+            cache[site] = tuple(tensor[order] for tensor in pair)
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+# Kinds of weights, from the best to the oldest. An index names the files of a split checkpoint.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Copies of shared.weight that some files hold. The last one is a copy in tied models only.
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+# A relic of old conversions that no model uses.
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+# Our names -> public ones. The FFN is layer 1 of an encoder block and layer 2 of a decoder block.
+RENAMED = {
+    "blocks.": "block.",
+    "self_norm": "layer.0.layer_norm",
+    "self_attention": "layer.0.SelfAttention",
+    "cross_norm": "layer.1.layer_norm",
+    "cross_attention": "layer.1.EncDecAttention",
+    "ffn_norm": "layer.{}.layer_norm",
+    "ffn.": "layer.{}.DenseReluDense.",
+    ".norm.": ".final_layer_norm.",
+    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
+}
 
 
 def public_name(name):
-    for ours, public in RENAMED:
-        name = name.replace(ours, public)
-    last = 2 if name.startswith("decoder") else 1                            # the FFN comes after the attentions
-    name = name.replace("ffn_norm", f"layer.{last}.layer_norm").replace(".ffn.", f".layer.{last}.DenseReluDense.")
-    return re.sub(r"^(\w+)\.norm\.", r"\1.final_layer_norm.", name)
+    """The name of one of our parameters -> its name in public checkpoints."""
+    last = 2 if name.startswith("decoder") else 1
+    for ours, public in RENAMED.items():
+        name = name.replace(ours, public.format(last))
+    return name
 
 
-def shard_names(index):
-    """model.safetensors.index.json -> names of the files that hold the tensors, all in the same folder."""
-    files = list(read_json(index, "weight_map")["weight_map"].values())
-    if not files or any(not isinstance(file, str) or Path(file).name != file or file in ("", "..") for file in files):
-        raise UserError(f"{index}: weight_map: found {str(files)[:80]}, expected tensor names -> files of this folder")
-    return sorted(set(files))
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def find_checkpoint(name_or_folder):
-    """A folder as it is; a public name after its files are in the cache, downloaded where they are not -> Path.
+def weight_files(folder, weights=WEIGHTS):
+    """The files of the first kind of weights that a folder has; none where it has no weights."""
+    for path in (Path(folder) / name for name in weights):
+        if path.is_file() and path.suffix == ".json":
+            shards = set(read_json(path)["weight_map"].values())
+            return [path.with_name(name) for name in sorted(shards)]
+        if path.is_file():
+            return [path]
+    return []
 
-    The hub is HF_ENDPOINT (default https://huggingface.co), the cache HF_HOME or ~/.cache. Raises UserError.
+
+def read_file(path):
+    """A .safetensors or .bin file -> {name: tensor}. Raises ValueError where it is damaged."""
+    try:
+        if path.suffix == ".bin":
+            return torch.load(path, "cpu", weights_only=True)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Of a tensor with two names, the file holds one: {the other name: the stored one}.
+            for alias, stored in (file.metadata() or {}).items():
+                if stored in tensors:
+                    tensors.setdefault(alias, tensors[stored])
+            return tensors
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a whole file of weights ({reason})") from None
+
+
+def read_weights(folder, weights=WEIGHTS):
+    """Read the first kind of `weights` that a folder has -> its first file, {name: tensor}.
+
+    Raises FileNotFoundError, or ValueError for a damaged file.
     """
-    folder, name = Path(name_or_folder), str(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if name not in NAMES and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise UserError(f"model {name!r} is neither a folder nor a known name; the known ones are {', '.join(NAMES)}")
-    cache = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache")) / "hyperpelt" / name.replace("/", "--")
-    repository = name if "/" in name else f"google-t5/{name}"
-    base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}/resolve/main/"
+    files = weight_files(folder, weights)
+    if not files:
+        raise FileNotFoundError(f"{folder}: no weights, expected one of {', '.join(weights)}")
+    tensors = {}
+    for path in files:
+        tensors |= read_file(path)
+    return files[0], tensors
 
-    def fetch(file, optional=False):
-        check = {".json": read_json, ".model": Tokenizer}.get(Path(file).suffix, lambda part: read_safetensors(part, "the weights of a T5"))
-        return (cache / file).is_file() or download(base + file, cache / file, optional, check=check)
 
-    if not fetch("config.json", optional=True):
-        raise UserError(f"model {name!r}: no such folder, and no such repository with a config.json at {base}")
-    fetch("spiece.model")
-    if (cache / INDEX).is_file() or not fetch("model.safetensors", optional=True):
-        if not fetch(INDEX, optional=True):
-            raise UserError(f"{base}: found neither model.safetensors nor {INDEX}; older formats of weights are not read")
-        for file in shard_names(cache / INDEX):
-            fetch(file)
-    return cache
+def load_weights(model, tensors, path, rename=lambda name: name, ignored=lambda name: False):
+    """Give a model its tensors, as float32. Raises ValueError for the first that does not fit.
+
+    rename: our name -> the public one. ignored: whether an unknown public name may be there.
+    """
+    state = model.state_dict()
+    names = {rename(ours): ours for ours in state}
+    missing = names.keys() - tensors.keys()
+    if missing:
+        raise ValueError(f"{path}: tensor {min(missing)} is missing")
+    for name, tensor in tensors.items():
+        if name in names:
+            found, expected = list(tensor.shape), list(state[names[name]].shape)
+            if found != expected:
+                raise ValueError(f"{path}: tensor {name} has shape {found}, expected {expected}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: tensor {name} holds numbers that are not finite")
+            # A copy, because the tensors of a file may be mapped from it.
+            state[names[name]] = tensor.to(torch.float32, copy=True)
+        elif not ignored(name):
+            raise ValueError(f"{path}: tensor {name} is unknown")
+    model.load_state_dict(state, assign=True)
+
+
+# ---- download ------------------------------------------------------------------------------------
+
+def find_checkpoint(name_or_folder, files=("config.json", "spiece.model"), optional=(),
+                    weights=WEIGHTS):
+    """A folder as it is, or the name of a public model, which is downloaded once -> Path.
+
+    The hub is HF_ENDPOINT. Its own cache is used where it holds the model already. `optional` files
+    may be missing. Raises FileNotFoundError, or OSError with the address that failed.
+    """
+    name = str(name_or_folder)
+    if Path(name).is_dir():
+        return Path(name)
+    if name in V1_0_SIZES:
+        name = f"google-t5/{name}"
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FileNotFoundError(f"model {name!r} is neither a folder nor a known name;"
+                                f" the known ones are {', '.join(NAMES)}")
+
+    home = os.environ.get("HF_HOME")
+    repository = name.replace("/", "--")
+    hub = Path(home or "~/.cache/huggingface", "hub").expanduser()
+    folder = Path(home or "~/.cache", "hyperpelt", repository).expanduser()
+    for place in (*hub.glob(f"models--{repository}/snapshots/*"), folder):
+        found = weight_files(place, weights)
+        if found and all(path.is_file() for path in [*found, *(place / file for file in files)]):
+            return place
+
+    folder.mkdir(parents=True, exist_ok=True)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    base = f"{endpoint}/{name}/resolve/main"
+    for file in (*files, *optional):
+        if not download(f"{base}/{file}", folder / file) and file in files:
+            raise FileNotFoundError(f"{base}/{file}: no such file, and {name} is no folder here")
+    for file in weights:
+        if download(f"{base}/{file}", folder / file):
+            for path in weight_files(folder, [file]):
+                download(f"{base}/{path.name}", path)
+            return folder
+    raise FileNotFoundError(f"{base}: found no weights, expected one of {', '.join(weights)}")
+
+
+class AnyAnswer(urllib.request.HTTPErrorProcessor):
+    """Takes an answer as it comes, without following a redirect."""
+
+    def https_response(self, request, response):
+        return response
+
+    http_response = https_response
+
+
+def download(url, path):
+    """Fetch a file, unless it is there -> False where the server does not have it."""
+    if path.is_file():
+        return True
+    try:
+        # The hub announces the sha256 of a large file where it redirects to its storage.
+        request = urllib.request.Request(url, method="HEAD")
+        answer = urllib.request.build_opener(AnyAnswer).open(request, timeout=30)
+        announced = answer.headers.get("X-Linked-Etag", "").strip('"')
+        sha256 = announced if re.fullmatch("[0-9a-f]{64}", announced) else None
+        torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:
+        # The hub answers 401 for a repository that does not exist.
+        if getattr(error, "code", None) in (401, 404):
+            return False
+        raise OSError(f"{url}: {error}") from None
+    return True

@@ -1,141 +1,175 @@
-"""T5 against transformers, layer by layer; loading, tokenizer, generation; downloads against a server on loopback."""
+"""t5.py against transformers, sentencepiece, the equations, and a small hub on loopback."""
 import hashlib
 import http.server
 import json
 import os
+import shutil
 import threading
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
+from conftest import SPIECE, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-import data
 import t5
-from conftest import ROOT, make_checkpoint
-from data import UserError, download
 from t5 import T5, T5Config, Tokenizer
 
-KINDS = ["v1.0", "v1.1"]
 
-
-def inputs(seed=0, vocabulary=64, rows=4, source=11, target=6):
-    """Random ids with padding on the right of some rows -> input_ids, attention_mask, labels (-100 where padded)."""
-    g = torch.Generator().manual_seed(seed)
-    ids, labels = (torch.randint(3, vocabulary, (rows, n), generator=g) for n in (source, target))
+def make_inputs(seed=0, vocabulary=64, source=11, target=6):
+    """Four examples: random ids, the mask of their padding, labels with -100 at their ends."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (4, source), generator=generator)
+    labels = torch.randint(3, vocabulary, (4, target), generator=generator)
     mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        mask[row, source - 2 * row:] = 0
-        labels[row, target - row:] = -100
+    for i in range(1, 4):
+        mask[i, source - 2 * i:] = 0
+        labels[i, target - i:] = -100
     return ids * mask, mask, labels
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_equals_transformers(kind, tmp_path):
-    """H * d_kv != d_model, other numbers of layers in encoder and decoder, padding, all distances; hidden states 1e-5, logits 1e-4."""
-    theirs, ours = make_checkpoint(tmp_path, kind), T5.from_pretrained(tmp_path).eval()
-    compare_with_transformers(theirs, ours, *inputs())
-    compare_with_transformers(theirs, ours, *inputs(source=150, target=40), relative=True)       # beyond the largest distance that the bias tells apart
+class Prefix:
+    def __init__(self, config, length):
+        self.length = length
+        shape = (2, config.num_heads, length, config.d_kv)
+        self.k, self.v = torch.randn(shape, generator=torch.Generator().manual_seed(length))
+
+    def __call__(self, k, v):
+        batch = (len(k), -1, -1, -1)
+        return torch.cat([self.k.expand(batch), k], 2), torch.cat([self.v.expand(batch), v], 2)
 
 
-def compare_with_transformers(theirs, ours, ids, mask, labels, relative=False):
-    # transformers gives the embedding, each block but the last, then the last block after the final norm
-    watched = [*ours.encoder.blocks[:-1], ours.encoder, *ours.decoder.blocks[:-1], ours.decoder]
-    found = []
-    hooks = [module.register_forward_hook(lambda module, args, output: found.append(output)) for module in watched]
+def make_sites(model):
+    """A prefix at every attention, and adapter(u) = tanh(2u) at every FFN."""
+    lengths = {t5.ENCODER_SELF: 3, t5.DECODER_SELF: 2, t5.DECODER_CROSS: 4}
+    sites = [module.site for module in model.modules() if hasattr(module, "site")]
+    return {site: Prefix(model.config, lengths[site[0]]) if site[0] in lengths
+            else lambda u: torch.tanh(2 * u) for site in sites}
+
+
+def record(modules):
+    """-> a list that gets (module, arguments, output) of each call."""
+    calls = []
+    for module in modules:
+        module.register_forward_hook(lambda *call: calls.append(call))
+    return calls
+
+
+@pytest.fixture(params=["v1.0", "v1.1"])
+def models(request, tmp_path):
+    """The model of transformers and ours, with the same weights."""
+    return make_checkpoint(tmp_path, request.param), T5.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return T5.from_pretrained(checkpoint)
+
+
+# ---- parity with transformers --------------------------------------------------------------------
+
+@pytest.mark.parametrize("source, target", [(11, 6), (150, 40)])
+def test_every_layer_equals_transformers(models, source, target):
+    theirs, ours = models
+    ids, mask, labels = make_inputs(source=source, target=target)
+    # transformers lists all blocks but the last, then the output of the last norm.
+    encoder, decoder = ours.encoder, ours.decoder
+    calls = record([*encoder.blocks[:-1], encoder, *decoder.blocks[:-1], decoder])
     with torch.no_grad():
-        expected = theirs(input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=True)
+        expected = theirs(input_ids=ids, attention_mask=mask, labels=labels,
+                          output_hidden_states=True)
         logits, loss = ours(ids, mask, labels)
-    for hook in hooks:
-        hook.remove()
-    theirs_in_order = [*expected.encoder_hidden_states[1:], *expected.decoder_hidden_states[1:]]
-    assert len(found) == len(watched) == len(theirs_in_order)
-    for i, (a, b) in enumerate(zip(found, theirs_in_order)):
-        real = mask if i < len(ours.encoder.blocks) else torch.ones_like(labels)
-        assert (a - b)[real.bool()].abs().max() < 1e-5 * (b.abs().max() if relative else 1), f"layer {i}"
-    assert (logits - expected.logits).abs().max() < (1e-5 * expected.logits.abs().max() if relative else 1e-4)
+    states = [*expected.encoder_hidden_states[1:], *expected.decoder_hidden_states[1:]]
+    for i, ((_, _, output), state) in enumerate(zip(calls, states, strict=True)):
+        real = mask.bool() if i < 3 else torch.ones_like(labels).bool()
+        assert torch.allclose(output[real], state[real], rtol=1e-4, atol=1e-4), f"layer {i}"
+    assert torch.allclose(logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert torch.allclose(loss, expected.loss, rtol=1e-5)
 
 
 def until_eos(ids, length):
-    """[B, T] -> [B, length] with 0 after the first eos; transformers' beam search fills up with eos where pad is 0."""
+    """Pad to a length, and replace what follows the first eos by pad."""
     ids = F.pad(ids, (0, length - ids.size(1)))
-    return ids * ((ids == 1).cumsum(1) - (ids == 1).long() == 0)
+    is_eos = (ids == 1).long()
+    return ids * (is_eos.cumsum(1) - is_eos == 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", ["v1.0", "v1.1"])
 @pytest.mark.parametrize("beams", [1, 4])
-def test_generation_equals_transformers(kind, beams, tmp_path):
-    """Greedy and beam search, over many rows, of which some end early and some never do."""
-    lengths = set()
+def test_generation_equals_transformers(variant, beams, tmp_path):
+    ends = set()
     for seed in range(12):
-        theirs = make_checkpoint(tmp_path, kind, seed, std=0.3, vocab_size=14)
-        ours = T5.from_pretrained(tmp_path).eval()
-        ids, mask, _ = inputs(seed, vocabulary=14)
-        expected = theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=9, num_beams=beams, do_sample=False)[:, 1:]
-        found = ours.generate(ids, mask, max_new_tokens=9, num_beams=beams)
-        assert torch.equal(*(until_eos(x, 9) for x in (found, expected)))
-        lengths |= {int((row == 1).nonzero()[0]) if (row == 1).any() else None for row in found}
-    assert len(lengths) > 2 and None in lengths                  # the test has met early, late and missing ends
+        theirs = make_checkpoint(tmp_path, variant, seed, std=0.3, vocab_size=8, num_layers=1,
+                                 num_decoder_layers=1)
+        ids, mask, _ = make_inputs(seed, vocabulary=8)
+        expected = theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=9,
+                                   num_beams=beams, do_sample=False, early_stopping=False)
+        found = T5.from_pretrained(tmp_path).generate(ids, None, 9, beams)
+        assert torch.equal(until_eos(found, 9), until_eos(expected[:, 1:], 9))
+        assert torch.equal(found, until_eos(found, found.size(1)))
+        ends |= {row.index(1) if 1 in row else None for row in found.tolist()}
+    # Some outputs ended early, some late and some never.
+    assert len(ends) > 2 and None in ends
 
 
-def test_real_checkpoint_equals_transformers(flan):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.T5ForConditionalGeneration.from_pretrained(flan).eval()
-    ours, tokenizer = T5.from_pretrained(flan).eval(), Tokenizer.from_pretrained(flan)
-    texts = ["translate English to German: The house is wonderful.", "Which is larger, the moon or the sun?",
-             "summarize: A frozen model can learn a new task through a few generated weights."]
-    rows = [tokenizer.encode(text) for text in texts]
-    ids = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
-    labels = torch.tensor([[644, 4598, 229, 19250, 5, 1]] * 3)
-    # its hidden states reach several hundred: 1e-5 is relative to the largest of the layer
-    compare_with_transformers(theirs, ours, ids, (ids != 0).long(), labels, relative=True)
-    for beams in (1, 4):
-        expected = theirs.generate(input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=20, num_beams=beams, do_sample=False)[:, 1:]
-        found = ours.generate(ids, max_new_tokens=20, num_beams=beams)
-        assert torch.equal(*(until_eos(x, 20) for x in (found, expected)))
-    assert tokenizer.decode(ours.generate(ids)[0].tolist()) == "Das Haus ist wunderbar."
+def test_dropout_is_where_transformers_has_it(models, monkeypatch):
+    """Each dropout halves its input, so that a missing or additional one changes the logits."""
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, *_: x / 2 if training else x)
+    monkeypatch.setattr(t5.Dropout, "forward", torch.nn.Dropout.forward)
+    theirs, ours = models
+    theirs.set_attn_implementation("eager")
+    ids, mask, labels = make_inputs()
+    expected = theirs.train()(input_ids=ids, attention_mask=mask, labels=labels).logits
+    assert torch.allclose(ours.train()(ids, mask, labels)[0], expected, atol=1e-4)
 
+
+# ---- attention and cache -------------------------------------------------------------------------
 
 def test_relative_buckets_by_hand():
-    """32 buckets up to distance 128. Encoder: 16 for each side, 8 of them exact; decoder: 32 for the past, 16 exact."""
-    far = [0, 1, 7, 8, 15, 16, 127, 128, 500]
-    both = t5.relative_bucket(torch.tensor(far + [-d for d in far]), True, 32, 128)
-    #                         8 + floor(8 ln(d/8) / ln 16): d = 15: 1.81, 16: 2, 127: 7.98
-    exact = [0, 1, 7, 8, 9, 10, 15, 15, 15]
-    assert both.tolist() == [0] + [16 + bucket for bucket in exact[1:]] + exact
-    past = t5.relative_bucket(torch.tensor([-d for d in far] + far), False, 32, 128)
-    #                         16 + floor(16 ln(d/16) / ln 8): d = 127: 15.94
-    assert past.tolist() == [0, 1, 7, 8, 15, 16, 31, 31, 31] + [0] * 9
+    """32 buckets up to distance 128. The encoder has 16 for each side, 8 of them exact."""
+    config = T5Config(8, 8, 8, 1, 1)
+    far = torch.tensor([0, 1, 7, 8, 15, 16, 127, 128, 500])
+    # 8 + floor(8 ln(d/8) / ln 16): 15 -> 9.8, 16 -> 10, 127 -> 15.98
+    before = [0, 1, 7, 8, 9, 10, 15, 15, 15]
+    assert t5.relative_bucket(-far, False, config).tolist() == before
+    assert t5.relative_bucket(far, False, config).tolist() == [0, *(16 + b for b in before[1:])]
+    # 16 + floor(16 ln(d/16) / ln 8): 127 -> 31.9
+    past = [0, 1, 7, 8, 15, 16, 31, 31, 31]
+    assert t5.relative_bucket(-far, True, config).tolist() == past
+    assert t5.relative_bucket(far, True, config).tolist() == [0] * 9
 
 
-def test_dropout_is_dropout():
-    """The CPU's own generator of masks: rate, scale, gradient, and nothing outside training."""
-    torch.manual_seed(0)
-    drop, x = t5.Dropout(0.1), torch.ones(1001, 999, requires_grad=True)
-    y = drop(x)
-    y.sum().backward()
-    assert abs((y == 0).float().mean() - 0.1) < 1e-3 and torch.allclose(y[y > 0], torch.tensor(1 / 0.9))
-    assert torch.equal(x.grad, y.detach()) and abs(y.mean() - 1) < 1e-3
-    rows = (y == 0).double()
-    assert abs(torch.corrcoef(rows[:50].reshape(50, -1)).fill_diagonal_(0)).max() < 0.15      # no pattern from row to row
-    assert drop.eval()(x) is x
+def attend_by_hand(attention, u, source, prefix, bias):
+    """softmax(q [P_k; k]^T + [0; bias]) [P_v; v], where bias is -inf at masked keys."""
+    q, k, v = ((x @ layer.weight.T).unflatten(2, (3, 16)) for x, layer in
+               ((u, attention.q), (source, attention.k), (source, attention.v)))
+    own = torch.einsum("bthk,bshk->bhts", q, k) + bias
+    weights = torch.cat([torch.einsum("bthk,hnk->bhtn", q, prefix.k), own], 3).softmax(3)
+    y = torch.einsum("bhtn,hnk->bthk", weights[..., :prefix.length], prefix.v)
+    y = y + torch.einsum("bhts,bshk->bthk", weights[..., prefix.length:], v)
+    return y.flatten(2) @ attention.o.weight.T
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropout_is_where_transformers_has_it(kind, tmp_path, monkeypatch):
-    """Every dropout halves its input instead, theirs and ours: one too many, too few or in another place changes the logits."""
-    theirs, ours = make_checkpoint(tmp_path, kind).train(), T5.from_pretrained(tmp_path).train()
-    ids, mask, labels = inputs()
-    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x / 2 if training else x)
-    monkeypatch.setattr(t5.Dropout, "forward", lambda self, x: x / 2 if self.training else x)
+def test_seams_by_hand(models):
+    """A prefix has no bias and is never masked; real keys keep the bias of transformers' model."""
+    theirs, ours = models
+    sites = make_sites(ours)
+    ids, mask, labels = make_inputs()
+    encoder, decoder = ours.encoder.blocks[1], ours.decoder.blocks[1]
+    calls = record([encoder.self_attention, decoder.self_attention, decoder.cross_attention])
+    ffn_calls = record([encoder.ffn, decoder.ffn])
+    hidden = torch.zeros(4, 1, 1, 11).masked_fill(mask[:, None, None] == 0, -torch.inf)
+    later = torch.full((6, 6), -torch.inf).triu(1)
     with torch.no_grad():
-        expected, (logits, _) = theirs(input_ids=ids, attention_mask=mask, labels=labels).logits, ours(ids, mask, labels)
-    assert (logits - expected).abs().max() < 1e-4
-    for module in (ours.encoder.dropout, ours.decoder.blocks[0].dropout, ours.decoder.blocks[0].ffn.dropout, ours.encoder.blocks[1].self_attention.dropout):
-        with torch.no_grad(), monkeypatch.context() as one:
-            one.setattr(module, "training", False)
-            assert (ours(ids, mask, labels)[0] - expected).abs().max() > 1e-2
+        ours(ids, mask, labels, sites)
+        biases = [theirs.encoder.block[0].layer[0].SelfAttention.compute_bias(11, 11) + hidden,
+                  theirs.decoder.block[0].layer[0].SelfAttention.compute_bias(6, 6) + later, hidden]
+        for (attention, (u, source, *_), output), bias in zip(calls, biases, strict=True):
+            expected = attend_by_hand(attention, u, source, sites[attention.site], bias)
+            assert torch.allclose(output, expected, atol=1e-5), attention.site
+        for ffn, (u, _), output in list(ffn_calls):
+            assert torch.allclose(output, ffn(u, {}) + torch.tanh(2 * u), atol=1e-5), ffn.site
 
 
 class Elsewhere(torch.Tensor):
@@ -143,258 +177,359 @@ class Elsewhere(torch.Tensor):
     device = property(lambda self: torch.device("cuda"))
 
 
-def test_written_out_attention_equals_sdpa(tmp_path):
-    """On a CPU attention is written out; it must be what the kernel of other devices gives, with a bias, padding and causality in the mask."""
-    make_checkpoint(tmp_path)
-    stack = T5.from_pretrained(tmp_path).eval().decoder
-    attention, g = stack.blocks[1].self_attention, torch.Generator().manual_seed(0)
-    u = torch.randn(4, 11, stack.config.d_model, generator=g)
-    padding = torch.ones(4, 11)
-    padding[1:, 7:] = 0
-    called = []
-    kernel = F.scaled_dot_product_attention
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", lambda *args, **named: called.append(1) or kernel(*args, **named))
-        k, v = attention.keys_values(u)
-        mask = stack.self_mask(11, 0, padding, 0, torch.float32)
-        written_out = attention(u, k, v, mask)
-        assert not called
-        by_kernel = attention(u.as_subclass(Elsewhere), k, v, mask)
-    assert called and (by_kernel - written_out).abs().max() < 1e-5 * written_out.abs().max()
+def test_attention_of_other_devices_equals_the_written_out_one(model):
+    attention = model.decoder.blocks[1].self_attention
+    u = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(0))
+    mask = model.decoder.position_bias(7, 0)
+    expected = attention(u, u, mask, {}, {})
+    found = attention(u.as_subclass(Elsewhere), u, mask, {}, {})
+    assert torch.allclose(found, expected, atol=1e-5)
+    dropped = attention.train()(u.as_subclass(Elsewhere), u, mask, {}, {})
+    assert not torch.allclose(dropped, expected, atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------- loading
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cached_logits_equal_uncached_ones(beams, models, monkeypatch):
+    """In all steps and beams, with prefixes and adapters. A prefix enters the cache once."""
+    _, ours = models
+    sites = make_sites(ours)
+    ids, mask, _ = make_inputs()
+    memory, _ = ours.encode(ids, mask, sites)
+    decode, reorder = ours.decode, t5.reorder
+    history = [torch.zeros(4, 0, dtype=torch.long)]
 
-def logits_of(folder):
-    with torch.no_grad():
-        return T5.from_pretrained(folder).eval()(*inputs())[0]
+    def check_decode(newest, *arguments):
+        history.append(torch.cat([history[-1], newest], 1))
+        repeats = len(newest) // 4
+        expected = decode(history[-1], memory.repeat_interleave(repeats, 0),
+                          mask.repeat_interleave(repeats, 0), sites)
+        found = decode(newest, *arguments)
+        assert torch.allclose(found[:, -1], expected[:, -1], atol=1e-4)
+        return found
+
+    def check_reorder(cache, order, length):
+        history.append(history[-1][order])
+        reorder(cache, order, length)
+
+    monkeypatch.setattr(ours, "decode", check_decode)
+    monkeypatch.setattr(t5, "reorder", check_reorder)
+    ours.generate(ids, mask, 8, beams, sites)
+    assert history[-1].size(1) >= 7
 
 
-def test_forms_of_a_checkpoint(tmp_path):
-    """Copies of the embedding, the stray bias of old conversions, aliases of deduplicated files, shards: all the same."""
-    make_checkpoint(tmp_path, "v1.0")
-    expected, path = logits_of(tmp_path), tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    copies = {name: tensors["shared.weight"].clone() for name in t5.COPIES} | {t5.STRAY: torch.zeros(32, 3)}
-    save_file(tensors | copies, path)
-    assert torch.equal(logits_of(tmp_path), expected)
-    alias = {k: v for k, v in tensors.items() if k != "shared.weight"} | {"encoder.embed_tokens.weight": tensors["shared.weight"]}
-    save_file(alias, path, {"shared.weight": "encoder.embed_tokens.weight"})
-    assert torch.equal(logits_of(tmp_path), expected)
-    path.unlink()
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in shards.items():
-        save_file({name: tensors[name] for name in part}, tmp_path / file)
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(logits_of(tmp_path), expected)
+# ---- inputs, loss, dtype -------------------------------------------------------------------------
+
+def test_front_stands_before_the_text(model):
+    ids, mask, labels = make_inputs()
+    front = model.shared(ids[:, :2])
+    expected, _ = model(ids, mask, labels)
+    found, _ = model(ids[:, 2:], mask[:, 2:], labels, front=front)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(model.generate(ids[:, 2:], front=front), model.generate(ids, mask))
 
 
-def test_a_wrong_checkpoint_is_one_line(tmp_path):
-    make_checkpoint(tmp_path, "v1.0")
-    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    tensors, settings, wi = load_file(path), json.loads(config.read_text()), "encoder.block.0.layer.1.DenseReluDense.wi.weight"
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_mean_over_labels_that_count(smoothing, model):
+    ids, mask, labels = make_inputs()
+    logits, loss = model(ids, mask, labels, label_smoothing=smoothing)
+    log_p = logits.double().log_softmax(2)[labels != -100]
+    exact = -log_p[torch.arange(len(log_p)), labels[labels != -100]]
+    expected = ((1 - smoothing) * exact - smoothing * log_p.mean(1)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
-    def refused(*words):
-        with pytest.raises(UserError) as error:
-            T5.from_pretrained(tmp_path)
-        assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
-    for changed, words in (({wi: None}, (wi, "missing")), ({"extra.weight": torch.ones(2)}, ("extra.weight", "unknown")),
-                           ({wi: torch.ones(48, 31)}, (wi, "[48, 31]", "[48, 32]")),
-                           ({wi: torch.ones(48, 32, dtype=torch.int64)}, (wi, "int64")),
-                           ({"lm_head.weight": torch.ones(64, 32)}, ("lm_head.weight", "differs"))):
-        save_file({k: v for k, v in (tensors | changed).items() if v is not None}, path)
-        refused(*words)
-    save_file(tensors, path)
-    whole = path.read_bytes()
-    for broken in (b"", whole[:7], whole[:500], whole[:-1]):
-        path.write_bytes(broken)
-        refused(str(path), "safetensors")
-    path.write_bytes(whole)
-    for key, value in (("d_model", 0), ("d_model", "32"), ("num_heads", True), ("d_kv", None), ("feed_forward_proj", "gelu"), ("model_type", "bert"),
-                       ("dropout_rate", 1.0), ("relative_attention_num_buckets", 1), ("eos_token_id", 2)):
-        config.write_text(json.dumps(settings | {key: value}))
-        refused(str(config), key, repr(value))
-    for text, word in (("{", "not JSON"), ("[]", "expected a JSON object"), ("{}", "d_model: found nothing, expected int from 1")):
-        config.write_text(text)
-        refused(str(config), word)
-    config.unlink()
-    refused(str(config), "no such file")
+def test_bfloat16_activations_train_float32_norms(model):
+    expected, loss = model(*make_inputs())
+    model.dtype = torch.bfloat16
+    logits, rounded_loss = model(*make_inputs())
+    assert logits.dtype == torch.bfloat16 and rounded_loss.dtype == torch.float32
+    assert (logits - expected).abs().mean() < 0.05 * expected.abs().mean()
+    assert rounded_loss.item() == pytest.approx(loss.item(), rel=0.02)
+    rounded_loss.backward()
+    assert model.encoder.norm.weight.grad.dtype == torch.float32
+    # The mean square is taken in float32: in bfloat16, a sum of 4,096 ones would stop at 256.
+    norm = t5.RMSNorm(4096, 1e-6)
+    assert norm(torch.ones(1, 4096, dtype=torch.bfloat16)).unique().tolist() == [1.0]
 
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_has_its_rate_scale_and_seed(rate):
+    dropout = t5.Dropout(rate)
+    x = torch.full((1001, 999), 2.0)
+    torch.manual_seed(3)
+    y = dropout(x)
+    dropped = (y == 0).double().flatten()
+    assert dropped.mean().item() == pytest.approx(rate, abs=2e-3)
+    assert y[y > 0].unique().tolist() == pytest.approx([2 / (1 - rate)])
+    # The elements that share a draw are independent.
+    for shift in (1, 2, 3, 4):
+        assert abs(torch.corrcoef(torch.stack([dropped[shift:], dropped[:-shift]]))[0, 1]) < 5e-3
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------
+
+PIECES = sentencepiece.SentencePieceProcessor(model_file=str(SPIECE))
+PLAIN = ["The dog sees the cat.", "two spaces, 3.14", "", "two  spaces, \t ünïcode 東京"]
+SENTINELS = ["A <extra_id_0> in the <extra_id_99> end", "<extra_id_5> of <extra_id_12> the cat."]
+
+
+def test_the_tokenizer_equals_sentencepiece_and_transformers():
+    transformers = pytest.importorskip("transformers")
+    vocabulary = [(PIECES.id_to_piece(i), PIECES.get_score(i)) for i in range(len(PIECES))]
+    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in range(99, -1, -1)]
+    theirs = transformers.T5Tokenizer(vocab=vocabulary)
+    ours = Tokenizer(SPIECE)
+    for text in PLAIN:
+        ids = PIECES.encode(text)
+        assert ours.encode(text) == [*ids, 1]
+        assert ours.decode([0, *ids, 1, 0, 0]) == PIECES.decode(ids).strip()
+    for text in [*PLAIN[:3], *SENTINELS]:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.decode(torch.tensor(ours.encode(text))) == text
+
+
+def test_sentinels_count_downwards_from_the_end():
+    """The sample has 5,000 pieces, so its sentinels are 5099 down to 5000."""
+    ours = Tokenizer(SPIECE)
+    assert ours.largest_id == 5099
+    assert ours.encode("<extra_id_0> <extra_id_8><extra_id_99>") == [5099, 5091, 5000, 1]
+    # The last ids of the embedding stand for nothing.
+    assert ours.decode([5100, 5119]) == ""
+
+
+def test_files_that_are_no_tokenizer(tmp_path):
+    path = tmp_path / "spiece.model"
+    with pytest.raises(FileNotFoundError, match="spiece.model"):
+        Tokenizer(path)
+    for content in (b"", b"not a model"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="spiece.model: not a SentencePiece model$"):
+            Tokenizer(path)
+    # Without further options, the library itself gives other special ids.
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat and a dog"] * 50), model_prefix=str(path.with_suffix("")),
+        vocab_size=16, hard_vocab_limit=False, minloglevel=2)
+    with pytest.raises(ValueError, match="spiece.model: .*<unk>"):
+        Tokenizer(path)
+
+
+# ---- config and weights --------------------------------------------------------------------------
 
 def test_public_sizes():
-    """Counts of the published checkpoints."""
-    known = {"t5-small": 60_506_624, "t5-base": 222_903_552, "t5-large": 737_668_096, "t5-3b": 2_851_598_336, "google/flan-t5-small": 76_961_152,
-             "google/flan-t5-base": 247_577_856, "google/t5-v1_1-large": 783_150_080}
-    for name, count in known.items():
+    """The numbers of parameters of the published checkpoints."""
+    counts = {"t5-small": 60_506_624, "google-t5/t5-base": 222_903_552, "t5-large": 737_668_096,
+              "t5-3b": 2_851_598_336, "google/flan-t5-small": 76_961_152,
+              "google/flan-t5-base": 247_577_856, "google/t5-v1_1-large": 783_150_080}
+    for name, count in counts.items():
         with torch.device("meta"):
-            assert sum(p.numel() for p in T5(T5Config.from_name(name)).parameters()) == count, name
-    with pytest.raises(UserError, match="t5-bse"):
-        T5.from_pretrained("t5-bse")
+            model = T5(T5Config.from_name(name))
+        assert sum(parameter.numel() for parameter in model.parameters()) == count, name
+    assert len({name: T5Config.from_name(name) for name in t5.NAMES}) == 15
+    with pytest.raises(ValueError, match="t5-bse"):
+        T5Config.from_name("t5-bse")
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizer
-
-def test_sentinels_equal_transformers():
-    transformers = pytest.importorskip("transformers")
-    folder = ROOT / "sample" / "mini-t5"
-    theirs, ours = transformers.T5Tokenizer(str(folder / "spiece.model"), legacy=True), Tokenizer.from_pretrained(folder)
-    for text in ("A <extra_id_0> in the <extra_id_99> end", "The dog <extra_id_12> the cat."):
-        assert ours.encode(text) == theirs(text)["input_ids"], text
+GOOD = dict(d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4)
 
 
-def test_tokenizer_equals_transformers(flan):
-    transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.T5Tokenizer(str(flan / "spiece.model"), legacy=True), Tokenizer.from_pretrained(flan)
-    for text in ("The house is wonderful.", "  two  spaces, 3.14 and ünïcode — 東京 ", "", "A <extra_id_0> in the <extra_id_99> end"):
-        assert ours.encode(text) == theirs(text)["input_ids"], text
-    ids = ours.encode("He said: The <extra_id_0> walks <extra_id_1> today.")
-    assert 32099 in ids and 32098 in ids and ours.encode("<extra_id_99>") == [32000, 1]
-    assert ours.decode(ids) == "He said: The <extra_id_0> walks <extra_id_1> today."
-    assert ours.decode([0, *ours.encode("a fine day"), 0, 0]) == "a fine day"
-    assert ours.decode([32127]) == ""                            # a row of the embedding that stands for nothing
+@pytest.mark.parametrize("text, message", [
+    (json.dumps({**GOOD, "feed_forward_proj": "gated-silu"}), "feed_forward_proj.*gated-silu"),
+    (json.dumps({**GOOD, "model_type": "mt5"}), "model_type.*mt5"),
+    (json.dumps({"d_model": 32, "num_heads": 4}), "d_kv.*d_ff.*num_layers"),
+    ("{", "not JSON")])
+def test_config_files(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**GOOD, "model_type": "t5", "n_positions": 512}))
+    assert T5Config.from_file(path) == T5Config(32, 16, 48, 3, 4, num_decoder_layers=3)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        T5Config.from_file(path)
 
 
-def test_a_loaded_model_does_not_drop_out(checkpoint):
-    """Ready to generate, as in the example at the top of t5.py: the same logits twice."""
-    model, ids = T5.from_pretrained(checkpoint), torch.arange(2, 12)[None]
+def logits_of(folder):
+    return T5.from_pretrained(folder)(*make_inputs())[0]
+
+
+def rewrite(folder, form):
+    """Write the weights of a folder in another form that public checkpoints have."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    if form == "copies":
+        copies = {name: tensors["shared.weight"].clone() for name in t5.COPIES}
+        save_file({**tensors, **copies, t5.STRAY: torch.zeros(32, 3)}, path)
+    elif form == "alias":
+        tensors[t5.COPIES[0]] = tensors.pop("shared.weight")
+        save_file(tensors, path, {"format": "pt", "shared.weight": t5.COPIES[0]})
+    elif form in ("bin", "old bin"):
+        torch.save(tensors, folder / "pytorch_model.bin",
+                   _use_new_zipfile_serialization=form == "bin")
+    else:
+        stem, suffix, save = {"shards": ("model", "safetensors", save_file),
+                              "bin shards": ("pytorch_model", "bin", torch.save)}[form]
+        place = {name: f"{stem}-{i % 2}.{suffix}" for i, name in enumerate(tensors)}
+        for file in set(place.values()):
+            save({name: tensors[name] for name in tensors if place[name] == file}, folder / file)
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": place}))
+
+
+@pytest.mark.parametrize("form", ["copies", "alias", "shards", "bin", "old bin", "bin shards"])
+def test_all_forms_of_a_checkpoint_give_the_same_model(form, tmp_path):
+    make_checkpoint(tmp_path, "v1.0")
+    expected = logits_of(tmp_path)
+    rewrite(tmp_path, form)
+    assert torch.equal(logits_of(tmp_path), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_is_float32_in_eval_mode_and_not_mapped(dtype, tmp_path):
+    make_checkpoint(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    model = T5.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not any(module.training for module in model.modules())
-    assert torch.equal(model(ids, None, ids)[0], model(ids, None, ids)[0])
+    if os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps") as maps:
+            assert str(path) not in maps.read()
 
 
-def test_wrong_tokenizer_files(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        Tokenizer(tmp_path / "spiece.model")
-    (tmp_path / "spiece.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="not a SentencePiece model"):
-        Tokenizer(tmp_path / "spiece.model")
+WI = "encoder.block.0.layer.1.DenseReluDense.wi.weight"
 
 
-# ------------------------------------------------------------------------------------------------------- downloads
+@pytest.mark.parametrize("name, tensor, message", [
+    (WI, None, "is missing"),
+    ("extra.weight", torch.ones(2), "is unknown"),
+    (t5.STRAY.replace("block.0", "block.1"), torch.ones(2), "is unknown"),
+    ("lm_head.weight", torch.ones(64, 32), "is unknown"),
+    (WI, torch.ones(48, 31), r"has shape \[48, 31\], expected \[48, 32\]"),
+    (WI, torch.full((48, 32), torch.nan), "holds numbers that are not finite"),
+    (WI, torch.full((48, 32), torch.inf), "holds numbers that are not finite")])
+def test_a_tensor_that_does_not_fit_is_named(name, tensor, message, tmp_path):
+    make_checkpoint(tmp_path, "v1.0")
+    path = tmp_path / "model.safetensors"
+    tensors = {**load_file(path), name: tensor}
+    save_file({key: value for key, value in tensors.items() if value is not None}, path)
+    with pytest.raises(ValueError, match=f"^{path}: tensor {name} {message}$"):
+        T5.from_pretrained(tmp_path)
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A model hub in small: large files are redirected to a storage path, hashes announced, connections cut on demand."""
-    files, cuts, log, wrong, target, broken = {}, [], [], set(), "/storage", []
 
-    def log_message(self, *args):
-        pass
+def test_weights_of_any_module_are_loaded_under_its_own_names():
+    layer = torch.nn.Linear(2, 1)
+    tensors = {"weight": torch.ones(1, 2), "bias": torch.zeros(1, dtype=torch.bfloat16)}
+    t5.load_weights(layer, tensors, "file")
+    assert layer(torch.ones(2)).item() == 2
+    with pytest.raises(ValueError, match="file: tensor other is unknown"):
+        t5.load_weights(layer, {**tensors, "other": torch.ones(1)}, "file")
 
-    def do_GET(self):
-        name = self.path.split("?")[0].removeprefix("/storage").removeprefix("/org/tiny/resolve/main/")
-        Hub.log.append((self.path, self.headers.get("Range")))
-        if Hub.broken:
-            return self.send_error(Hub.broken.pop())
-        content = Hub.files.get(name)
-        if content is None:
-            return self.send_error(404)
-        digest = hashlib.sha256(content + (b"x" if name in Hub.wrong else b"")).hexdigest()
-        if not self.path.startswith("/storage"):
-            if name != "config.json":
-                self.send_response(302)
-                self.send_header("Location", f"{Hub.target}{name}" if Hub.target == "/storage" else Hub.target)
-                self.send_header("X-Linked-Size", str(len(content)))
-                self.send_header("X-Linked-Etag", f'"{digest}"')
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            digest = hashlib.sha1(b"blob %d\0" % len(content) + content + (b"x" if name in Hub.wrong else b"")).hexdigest()
-        start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
-        if start >= len(content):
-            return self.send_error(416)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", f'"{digest}"')
+
+@pytest.mark.parametrize("file, save", [("model.safetensors", save_file),
+                                        ("pytorch_model.bin", torch.save)])
+def test_damaged_and_missing_weights(file, save, tmp_path):
+    make_checkpoint(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights, expected one of model.safetensors"):
+        T5.from_pretrained(tmp_path)
+    save(tensors, tmp_path / file)
+    whole = (tmp_path / file).read_bytes()
+    for length in (0, 5, 1000, len(whole) - 1):
+        (tmp_path / file).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"{file}: not a whole file of weights \(.*\)$"):
+            T5.from_pretrained(tmp_path)
+
+
+# ---- download ------------------------------------------------------------------------------------
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """Serves org/tiny as the hub does: weights are redirected to a storage, with their sha256."""
+    wrong, requests = set(), []
+
+    def send_head(self):
+        Hub.requests.append(self.path)
+        if not self.path.startswith(("/org/tiny/resolve/main/", "/storage/")):
+            return self.send_error(401)
+        name = self.path.rsplit("/", 1)[1]
+        file = os.path.join(self.directory, name)
+        if self.path.startswith("/storage/") or name.endswith(".json") or not os.path.exists(file):
+            self.path = f"/{name}"
+            return super().send_head()
+        with open(file, "rb") as content:
+            known = hashlib.sha256(content.read() + b"x" * (name in Hub.wrong)).hexdigest()
+        self.send_response(302)
+        self.send_header("Location", f"/storage/{name}")
+        self.send_header("X-Linked-Etag", f'"{known}"')
+        self.send_header("Content-Length", "0")
         self.end_headers()
-        end = start + Hub.cuts.pop(0) if Hub.cuts and name == "model.safetensors" else len(content)
-        self.wfile.write(content[start:end])
+
+    def log_message(self, *arguments):
+        pass
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch, vocabulary):
-    make_checkpoint(tmp_path / "served", vocab_size=256)
-    (tmp_path / "served" / "spiece.model").write_bytes(vocabulary.read_bytes())
-    Hub.files = {name: (tmp_path / "served" / name).read_bytes() for name in ("config.json", "spiece.model", "model.safetensors")}
-    Hub.cuts, Hub.log, Hub.wrong, Hub.target, Hub.broken = [], [], set(), "/storage", []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-    yield tmp_path
+def hub(tmp_path, monkeypatch):
+    """-> the folder that the hub serves; HF_HOME is the folder `home` beside it."""
+    served = tmp_path / "served"
+    make_checkpoint(served, "v1.0")
+    shutil.copy(SPIECE, served)
+    Hub.wrong, Hub.requests = set(), []
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *arguments: Hub(*arguments, directory=str(served)))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    yield served
     server.shutdown()
+    server.server_close()
 
 
-def test_download_resume_and_cache(hub):
-    """Cut twice in the middle: resumed by ranges, whole in the end; the second load asks the server for nothing."""
-    Hub.cuts[:] = [1000, 5000]
-    expected = T5.from_pretrained(hub / "served").state_dict()
-    found = T5.from_pretrained("org/tiny").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    starts = [start for path, start in Hub.log if path.startswith("/storage") and "safetensors" in path]
-    assert starts == ["bytes=0-", "bytes=1000-", "bytes=6000-"]
-    asked = len(Hub.log)
-    T5.from_pretrained("org/tiny"), Tokenizer.from_pretrained("org/tiny")
-    assert len(Hub.log) == asked
-    assert not list((hub / "cache").rglob("*.part"))
+@pytest.mark.parametrize("form", ["copies", "shards", "bin"])
+def test_a_public_model_is_downloaded_once(form, hub):
+    rewrite(hub, form)
+    expected = logits_of(hub)
+    assert torch.equal(logits_of("org/tiny"), expected)
+    folder = hub.parent / "home" / "hyperpelt" / "org--tiny"
+    files = {path.name: path.read_bytes() for path in hub.iterdir()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    # A second use needs no network, but a lost file is fetched again.
+    count = len(Hub.requests)
+    assert Tokenizer.from_pretrained("org/tiny").encode("") == [1]
+    assert torch.equal(logits_of("org/tiny"), expected) and len(Hub.requests) == count
+    max(folder.iterdir(), key=lambda path: path.stat().st_size).unlink()
+    assert t5.find_checkpoint("org/tiny") == folder and len(Hub.requests) > count
 
 
-@pytest.mark.parametrize("code, tries", [(400, 1), (403, 1), (408, 4), (429, 4), (499, 1), (500, 4), (503, 4)])
-def test_which_answers_are_tried_again(hub, code, tries):
-    """A refusal (4xx) is final but for "timeout" and "too many requests"; a server's own trouble (5xx) may pass."""
-    Hub.broken[:] = [code] * 9
-    with pytest.raises(UserError, match=f"the server answers {code} .*; try again later"):
-        download(f"{os.environ['HF_ENDPOINT']}/org/tiny/resolve/main/config.json", hub / "fetched", tries=4)
-    assert len(Hub.log) == tries and not (hub / "fetched").exists()
-    Hub.broken[:] = [503, 408]
-    assert download(f"{os.environ['HF_ENDPOINT']}/org/tiny/resolve/main/config.json", hub / "fetched", tries=4)
-    assert (hub / "fetched").read_bytes() == Hub.files["config.json"]
+def test_downloads_that_fail(hub, monkeypatch):
+    def refused(error, name, message):
+        with pytest.raises(error, match=message) as found:
+            T5.from_pretrained(name)
+        assert "\n" not in str(found.value)
 
-
-def test_download_that_cannot_be_trusted(hub):
-    """A wrong hash, a redirect to a strange host, a missing repository, a server that always breaks off: never in place."""
-    place = hub / "cache" / "hyperpelt" / "org--tiny" / "model.safetensors"
-    Hub.wrong = {"config.json"}                                              # a small file: its git hash, in ETag alone
-    with pytest.raises(UserError, match="config.json: found hash [0-9a-f]{40}, expected"):
-        T5.from_pretrained("org/tiny")
-    assert not place.with_name("config.json").exists()
     Hub.wrong = {"model.safetensors"}
-    with pytest.raises(UserError, match="found hash"):
-        T5.from_pretrained("org/tiny")
-    Hub.wrong, Hub.cuts[:] = set(), [10] * 9
-    with pytest.raises(UserError, match="broken off at byte 50 of"):
-        T5.from_pretrained("org/tiny")
-    assert not place.exists() and place.with_name(place.name + ".part").stat().st_size == 50
-    Hub.cuts[:], Hub.target = [], "http://example.com/x"
-    with pytest.raises(UserError, match="example.com, which is not trusted"):
-        T5.from_pretrained("org/tiny")
-    assert not place.exists()
-    with pytest.raises(UserError, match="no such folder, and no such repository"):
-        T5.from_pretrained("org/missing")
+    refused(OSError, "org/tiny", "^http.*/model.safetensors: invalid hash value")
+    assert not list(hub.parent.glob("home/**/model*"))
+    (hub / "model.safetensors").unlink()
+    refused(FileNotFoundError, "org/tiny", "org/tiny/resolve/main: found no weights")
+    refused(FileNotFoundError, "org/missing", "org/missing/resolve/main/config.json")
+    refused(FileNotFoundError, "t5-small", "google-t5/t5-small/resolve/main/config.json")
+    refused(FileNotFoundError, "t5-bse", "'t5-bse' is neither.*google/flan-t5-small")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    refused(OSError, "org/new", "^http://127.0.0.1:9/org/new/resolve/main/config.json: .*refused")
 
 
-def test_download_of_shards(hub):
-    tensors = load_file(hub / "served" / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if k < "encoder"}, hub / "a.safetensors")
-    save_file({k: v for k, v in tensors.items() if k >= "encoder"}, hub / "b.safetensors")
-    del Hub.files["model.safetensors"]
-    Hub.files |= {name: (hub / name).read_bytes() for name in ("a.safetensors", "b.safetensors")}
-    Hub.files["model.safetensors.index.json"] = json.dumps(
-        {"weight_map": {k: "a.safetensors" if k < "encoder" else "b.safetensors" for k in tensors}}).encode()
-    found = T5.from_pretrained("org/tiny").state_dict()
-    assert torch.equal(found["shared.weight"], tensors["shared.weight"])
-    asked = len(Hub.log)
-    T5.from_pretrained("org/tiny")
-    assert len(Hub.log) == asked                                 # a cached model, sharded or not, needs no network
-    (hub / "cache/hyperpelt/org--tiny/model.safetensors.index.json").unlink()
-    del Hub.files["model.safetensors.index.json"]
-    with pytest.raises(UserError, match="found neither model.safetensors nor"):
-        T5.from_pretrained("org/tiny")
-
-
-def test_no_network(hub):
-    with pytest.raises(UserError, match="refused; try again later, or fetch it by hand and put it at .*nothing"):
-        download("http://127.0.0.1:9/nothing", hub / "nothing", tries=2)
-    with pytest.raises(UserError, match="nonnumeric port"):
-        download("http://127.0.0.1:abc/nothing", hub / "nothing")
+def test_optional_files_and_the_cache_of_the_hub(hub):
+    (hub / "there.json").write_text("{}")
+    folder = t5.find_checkpoint("org/tiny", ["config.json"], ["there.json", "absent.json"])
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "there.json", "model.safetensors"}
+    # A snapshot of the hub's own cache is used where it is complete, without the network.
+    Hub.requests = []
+    snapshots = hub.parent / "home" / "hub" / "models--org--tiny" / "snapshots"
+    shutil.copytree(hub, snapshots / "a", ignore=lambda *_: ["spiece.model"])
+    shutil.copytree(hub, snapshots / "b")
+    assert t5.find_checkpoint("org/tiny") == snapshots / "b" and not Hub.requests
+    (snapshots / "b" / "model.safetensors").unlink()
+    assert t5.find_checkpoint("org/tiny") == folder and Hub.requests
