@@ -1,6 +1,7 @@
 """clip_features.py against transformers, Pillow and a second ResNet, and as a command."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,7 +113,8 @@ def command(monkeypatch, capsys):
     def run(model, images, out, *more):
         code = call("--model", model, "--images", images, "--out", out, *more)
         printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        # A model without preprocessor_config.json gives a note; it is no error.
+        return code, printed.out, re.sub("^note: no .*\n", "", printed.err)
     monkeypatch.setattr(sys, "argv", [])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run
@@ -367,7 +369,8 @@ def test_a_folder_end_to_end_in_a_process_of_its_own(model, tmp_path):
     out = tmp_path / "new" / "f.npy"
     done = subprocess.run([sys.executable, "clip_features.py", "--model", model, "--images", images,
                            "--out", out], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "" and "[9, 9, 32]" in done.stdout
+    assert done.returncode == 0 and "[9, 9, 32]" in done.stdout
+    assert done.stderr.startswith("note: no ") and done.stderr.count("\n") == 1
     assert sorted(path.name for path in out.parent.iterdir()) == ["f.json", "f.npy"]
     features, rows, about = load_features(out)
     assert isinstance(features, np.memmap) and features.dtype == np.float16
