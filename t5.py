@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -52,35 +52,15 @@ MASKED = -1e9
 
 # ---- config --------------------------------------------------------------------------------------
 
-# The columns are d_model, d_kv, d_ff, layers in each stack, heads.
-V1_0_SIZES = {
-    "t5-small": (512, 64, 2048, 6, 8),
-    "t5-base": (768, 64, 3072, 12, 12),
-    "t5-large": (1024, 64, 4096, 24, 16),
-    "t5-3b": (1024, 128, 16384, 24, 32),
-    "t5-11b": (1024, 128, 65536, 24, 128),
-}
-V1_1_SIZES = {
-    "small": (512, 64, 1024, 8, 6),
-    "base": (768, 64, 2048, 12, 12),
-    "large": (1024, 64, 2816, 24, 16),
-    "xl": (2048, 64, 5120, 24, 32),
-    "xxl": (4096, 64, 10240, 24, 64),
-}
-NAMES = [*V1_0_SIZES,
-         *(f"google/flan-t5-{size}" for size in V1_1_SIZES),
-         *(f"google/t5-v1_1-{size}" for size in V1_1_SIZES)]
-
-
 @dataclass
 class T5Config:
-    """Sizes and variant of a T5. The fields are named as in a public config.json."""
-    d_model: int
+    """Sizes and variant of a T5, named as in a public config.json. The defaults are T5-base."""
+    d_model: int = 768
     # The width of one head. num_heads * d_kv may differ from d_model.
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
+    d_kv: int = 64
+    d_ff: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
     # None stands for as many layers as the encoder has.
     num_decoder_layers: int = None
     vocab_size: int = 32128
@@ -105,22 +85,10 @@ class T5Config:
         for key, values in accepted.items():
             if found.get(key, values[0]) not in values:
                 raise ValueError(f"{path}: {key}: found {found[key]!r}, expected one of {values}")
-        try:
-            return cls(**{key: found[key] for key in found if key in cls.__annotations__})
-        except TypeError as error:
-            # The message names the sizes that are missing.
-            raise ValueError(f"{path}: {error}") from None
-
-    @classmethod
-    def from_name(cls, name):
-        """The config of a public size, without any file. Raises ValueError for another name."""
-        short = name.removeprefix("google-t5/")
-        if short in V1_0_SIZES:
-            return cls(*V1_0_SIZES[short])
-        if name not in NAMES:
-            raise ValueError(f"model {name!r} is unknown, expected one of {', '.join(NAMES)}")
-        size = name.rsplit("-", 1)[1]
-        return cls(*V1_1_SIZES[size], feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        sizes = [field.name for field in fields(cls)[:5]]
+        if missing := [name for name in sizes if name not in found]:
+            raise ValueError(f"{path}: found no {', '.join(missing)}")
+        return cls(**{key: found[key] for key in found if key in cls.__annotations__})
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -616,11 +584,11 @@ def find_checkpoint(name_or_folder, files=("config.json", "spiece.model"), optio
     name = str(name_or_folder)
     if Path(name).is_dir():
         return Path(name)
-    if name in V1_0_SIZES:
+    if re.fullmatch(r"t5-\w+", name):
         name = f"google-t5/{name}"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise FileNotFoundError(f"model {name!r} is neither a folder nor a known name;"
-                                f" the known ones are {', '.join(NAMES)}")
+        raise FileNotFoundError(f"model {name!r}: no such folder, and no public name, such as"
+                                " t5-base or google/flan-t5-small")
 
     home = os.environ.get("HF_HOME")
     repository = name.replace("/", "--")

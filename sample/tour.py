@@ -1,130 +1,130 @@
-"""One example on its way through a trained run: python hyperpelt.py --tour runs/rte-hyperpelt
+"""Walk one example of a run through HyperPELT: python sample/tour.py [RUN]
 
-Prints, step by step with shapes and a few numbers, what hyperpelt.py makes of the first validation row of a run's first text task:
-embeddings, hyper-embeddings, prefixes and the attention that falls on them, adapters and their part beside the FFN, the answer before
-and after training. With matplotlib it also draws RUN/tour.png.
+RUN is the folder of a run with method hyperpelt, by default runs/rte-hyperpelt. The script prints
+what hyperpelt.py computes for the run's first validation example, equation by equation, with the
+shapes of the tensors. With matplotlib, it also draws RUN/tour.png.
 """
+import sys
 from pathlib import Path
 
+# The modules lie in the folder above, wherever the script is started from.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 import data
 import train
-from hyperpelt import BLOCK_TYPES, METHODS
-from t5 import DECODER_SELF, ENCODER_SELF
+from hyperpelt import ATTENTION_BLOCKS, FFN_BLOCKS
 
 
-def shape(tensor):
-    return f"[{', '.join(map(str, tensor.shape))}]"
+def show(title, *lines):
+    print(f"\n{title}")
+    for line in lines:
+        print(f"    {line}")
 
 
-def step(title, *lines):
-    print(f"\n{title}", *(f"    {line}" for line in lines), sep="\n")
+def show_layers(title, values, blocks):
+    """values: {site: number}. Print a line for each block type, with its layers in order."""
+    lines = []
+    for block in blocks:
+        numbers = [f"{value:.3f}" for site, value in values.items() if site[0] == block]
+        lines.append(f"{block:26}{' '.join(numbers)}")
+    show(title, *lines)
 
 
-def by_layer(values):
-    """{site: number} -> a line for each block type, its layers from the first to the last."""
-    kinds = [kind for kind in BLOCK_TYPES if any(site[0] == kind for site in values)]
-    return [f"{kind:26}" + " ".join(f"{value:.3f}" for site, value in values.items() if site[0] == kind) for kind in kinds]
+def watch(model, input_ids, labels, injected):
+    """Run the T5 -> {site: share of the attention on the prefix}, {site: norm of lambda A(u),
+    relative to FFN(u)}."""
+    shares, ratios = {}, {}
+
+    def note(module, inputs, output):
+        site = getattr(module, "site", None)
+        if site in model.hypernetworks.attentions:
+            u, _, mask, _, cache = inputs
+            keys = cache[site][0]  # [1, H, N+S, K]
+            attention = (module.split(module.q(u)) @ keys.mT + mask).softmax(-1)  # [1, H, T, N+S]
+            shares[site] = attention[..., :injected["sites"][site].length].sum(-1).mean().item()
+        elif site in model.hypernetworks.ffns:
+            added = injected["sites"][site](inputs[0])  # [1, T, D]
+            ratios[site] = (added.norm() / (output - added).norm()).item()
+
+    with register_module_forward_hook(note):
+        model.t5(input_ids, None, labels, **injected)
+    return shares, ratios
 
 
-def block_part(t5, site):
-    """-> the module of t5.py that a site's weights enter, or stand beside."""
-    kind, layer = site
-    block = (t5.encoder if kind.startswith("encoder") else t5.decoder).blocks[layer]
-    if kind.endswith("FFN"):
-        return block.ffn
-    return block.self_attention if kind in (ENCODER_SELF, DECODER_SELF) else block.cross_attention
-
-
-@torch.no_grad()
-def watch(model, sites, ids, labels):
-    """One pass of the T5 -> share of the attention on the prefix {site: 0 to 1}, size of the text's own keys {site: standard
-    deviation}, length of lambda A(u) as a share of FFN(u)'s {site: ...}."""
-    mass, keys_size, ratio, length = {}, {}, {}, model.config.prefix_length
-
-    def on_attention(site):
-        def hook(module, arguments, output):
-            u, k, _, mask = arguments
-            weights = torch.softmax(module.split(module.q(u)) @ k.transpose(2, 3) + mask, -1)       # [1, H, T, N+S]
-            mass[site], keys_size[site] = weights[..., :length].sum(-1).mean().item(), k[0, :, length:].std().item()
-        return hook
-
-    def on_ffn(site):
-        def hook(module, arguments, output):
-            ratio[site] = (sites[site](arguments[0]).norm() / output.norm()).item()
-        return hook
-
-    hooks = [block_part(model.t5, site).register_forward_hook(on_attention(site)) for site in model.prefix_sites]
-    hooks += [block_part(model.t5, site).register_forward_hook(on_ffn(site)) for site in model.adapter_sites]
-    model.t5(ids, None, labels, sites)
-    for hook in hooks:
-        hook.remove()
-    return mass, keys_size, ratio
-
-
-@torch.no_grad()
-def tour(run):
-    """Folder of a run. Raises UserError where there is no such run, or one of another method or of images alone."""
-    settings = train.complete_settings({"out": run, "ask": ["-"]})           # as for a question to the run: no data but the one row
-    record = train.read_run(run)
-    name = next((name for name in record["tasks"] if name in data.TASKS), None)
-    if name is None or METHODS[settings.method] != METHODS["hyperpelt"]:
-        raise data.UserError(f"{run}: found {settings.method} of {', '.join(record['tasks'])}, expected hyperpelt and a task without images")
-    settings.precision = "fp32"
-    tokenizer, tasks, *_, model, _ = train.prepare(settings, record)         # the weights that the run began with, by its seed
-    model.eval()
-    example = data.make_splits(tasks[name], settings.data_dir, settings.split)["validation"][0]
-    ids = torch.from_numpy(train.encode([example], tokenizer, settings)[0].source)[None].long().to(model.layer_ids.device)
-
-    def predict():
-        return tokenizer.decode(model.t5.generate(ids, sites=model.generate_sites(name))[0].tolist())
-
-    before = predict() if not settings.init_from else f"not shown, the run began from {settings.init_from}"
-    train.load_best(Path(run) / "best.safetensors", model)
-    step(f"the example: {example.source}", f"ids {shape(ids)}; the answer should be: {example.target}")
-
-    h, number, length = model.hyper_embedding, model.tasks.index(name), model.config.prefix_length
-    step("embeddings, trained (paper: section 4)", *(f"{what:24}{shape(table):>16}   norm of a row {table.norm(dim=-1).mean():.2f}" for what, table in (
-        (f"z_tau of {name}", h.task[number]), ("l_i, of all layers", h.layer), ("b_j, of all block types", h.block))))
-
-    hyper = h(number, model.layer_ids, model.block_ids)
-    alike = train.cosines(hyper).to(hyper.device)                             # [sites, sites]
-    same_layer, same_block = (ids_of[:, None] == ids_of for ids_of in (model.layer_ids, model.block_ids))
-    step("eq. (1): hyper-embeddings I of all sites", f"{shape(hyper)}   mean {hyper.mean():.3f}, standard deviation {hyper.std():.3f}",
-         *(f"cosine of two sites' I, {what:32}{alike[chosen].mean():.3f}" for what, chosen in (
-             ("same layer, another block type", same_layer & ~same_block), ("same block type, another layer", same_block & ~same_layer))))
-
-    sites, first = model.generate_sites(name), model.prefix_sites[0]
-    mass, keys_size, ratio = watch(model, sites, ids, torch.tensor([tokenizer.encode(example.target)], device=ids.device))
-    keys, values = sites[first].parts[0]
-    step(f"eq. (2): P_k and P_v at {first[0]}, layer {first[1]}", f"{shape(keys)}, {shape(values)}: heads, N, d_kv",
-         f"standard deviation of P_k {keys.std():.2f}, of the keys of the text's own tokens {keys_size[first]:.2f}")
-    step(f"eq. (3): share of the attention that falls on the {length} rows of the prefix, layer by layer"
-         f" (of {ids.size(1)} tokens each would have {length / (length + ids.size(1)):.2f})", *by_layer(mass))
-    step(f"eq. (4): one adapter's W_down, b_down, lambda W_up, lambda b_up; lambda is {model.adapter_hypernetwork.scale.item():.3f}",
-         ", ".join(map(shape, sites[model.adapter_sites[0]].parts[0])))
-    step("eq. (5), (6): length of lambda A(u) as a share of FFN(u)'s, layer by layer", *by_layer(ratio))
-    step("the answer", f"before training: {before or '(nothing)'}", f"after:           {predict()}")
-    draw(Path(run) / "tour.png", mass, model)
-
-
-def draw(path, mass, model):
-    """The share of attention on the prefix by layer and block type, and how alike the tasks' embeddings are (of one task alone: the
-    block types'), where matplotlib is installed."""
+def draw(path, shares, sites, cosines):
+    """Draw the shares of attention and the cosines, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print(f"\nfor {path}: pip install matplotlib")
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+        return
+    figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for kind in dict.fromkeys(kind for kind, _ in mass):
-        left.plot(*zip(*((i, share) for (block_type, i), share in mass.items() if block_type == kind)), "o-", label=kind)
+    for block in ATTENTION_BLOCKS:
+        left.plot([share for site, share in shares.items() if site[0] == block], "o-", label=block)
     left.set(xlabel="layer", ylabel="share of the attention on the prefix", ylim=(0, 1))
     left.legend()
-    if len(model.tasks) > 1:
-        train.draw_cosines(right, model.hyper_embedding.task, model.tasks, "cosine of the task embeddings z")
-    else:
-        train.draw_cosines(right, model.hyper_embedding.block, BLOCK_TYPES, "cosine of the block embeddings b")
+
+    image = right.imshow(cosines)
+    starts = [i for i, (_, layer) in enumerate(sites) if layer == 0]
+    right.set_yticks(starts, [f"{sites[i][0]}, layer 0" for i in starts])
+    right.set(xticks=starts, xticklabels=[], title="cosine of the hyper-embeddings I of two sites")
+    figure.colorbar(image, ax=right)
     figure.savefig(path, dpi=120)
-    print(f"\ndrawn: {path}")
+    print(f"\n{path}: drawn")
+
+
+def show_hyper_embeddings(model, task):
+    """-> cosine similarity of the I of any two sites [sites, sites]."""
+    lines = [f"{symbol} {list(table.shape)}, norm of a position {table.norm(dim=-1).mean():.2f}"
+             for symbol, table in (("z", model.task[task]), ("l", model.layer), ("b", model.block))]
+    show(f"embeddings z of {task}, l of all layers, b of all block types", *lines)
+
+    networks = model.hypernetworks
+    hyper = networks.hyper_embedding(model.task[task][None], model.layer, model.block)
+    directions = F.normalize(hyper.flatten(1), dim=1)
+    cosines = directions @ directions.T
+    same_layer = networks.layer_ids[:, None] == networks.layer_ids
+    same_block = networks.block_ids[:, None] == networks.block_ids
+    of_layer = cosines[same_layer & ~same_block].mean()
+    of_block = cosines[same_block & ~same_layer].mean()
+    show("eq. (1): hyper-embedding I of every site", f"[sites, 1, N, d_I] = {list(hyper.shape)}",
+         f"mean cosine of two sites of a layer {of_layer:.3f}, of a block type {of_block:.3f}")
+    return cosines.cpu()
+
+
+@torch.no_grad()
+def main():
+    folder = sys.argv[1] if len(sys.argv) > 1 else "runs/rte-hyperpelt"
+    args = train.read_settings(["--run", folder, "--eval-only"])
+    if args.method != "hyperpelt":
+        raise data.UserError(f"{folder}: found method {args.method}, expected hyperpelt")
+    run = train.load_run(args)
+    model, (name, task) = run.model, next(iter(run.tasks.items()))
+    example = run.splits[name]["validation"][0]
+    before = train.generate_outputs(run, task, [example])[0]
+    train.load_best(run)
+    after = train.generate_outputs(run, task, [example])[0]
+    input_ids, features = train.make_inputs(run, [example])
+    labels = torch.tensor([run.tokenizer.encode(example.target)], device=run.device)
+    show(f"the example: {example.source}", f"ids [1, S] = {list(input_ids.shape)}")
+    cosines = show_hyper_embeddings(model, name)
+    weights, networks = model.generate_weights(name), model.hypernetworks
+    shares, ratios = watch(model, input_ids, labels, model.inject(weights, features))
+    keys, values = weights[networks.attentions[0]]
+    show(f"eq. (2): P_k, P_v of {networks.attentions[0][0]}, layer 0: [1, H, N, K]",
+         f"{list(keys.shape)}, standard deviation {keys.std():.2f} and {values.std():.2f}")
+    show_layers("eq. (3): share of the attention on the prefix", shares, ATTENTION_BLOCKS)
+    *adapter, scale = weights[networks.ffns[0]]
+    show(f"eq. (4): W_down, b_down, W_up, b_up of encoder FFN, layer 0; lambda {scale.item():.3f}",
+         *(list(tensor.shape) for tensor in adapter))
+    show_layers("eq. (5), (6): norm of lambda A(u), relative to FFN(u)", ratios, FFN_BLOCKS)
+    show("output", f"before training {before!r}, after {after!r}; the label is {example.target!r}")
+    draw(run.folder / "tour.png", shares, networks.attentions + networks.ffns, cosines)
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,461 +1,380 @@
-"""The method against an independent computation: the equations at the top of hyperpelt.py in numpy, in float64, without torch."""
+"""hyperpelt.py against its equations, written out once more in numpy, at the sites of a tiny T5."""
 import copy
-import dataclasses
-import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_cli
 
 import hyperpelt
-import t5 as t5_module
-from conftest import make_checkpoint, run
-from hyperpelt import BLOCK_TYPES, METHODS, VISION, HyperEmbedding, HyperPELT, HyperPELTConfig, Prefix
+import train
+from hyperpelt import BLOCK_TYPES, FFN_BLOCKS, METHODS, VISION, Adapter, HyperPELT, HyperPELTConfig
 from t5 import DECODER_CROSS, DECODER_SELF, ENCODER_SELF, T5, T5Config
-from test_t5 import inputs
 
+# heads * d_kv is not d_model, and the decoder has more layers than the encoder.
+TINY = T5Config(d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=2, num_decoder_layers=3,
+                vocab_size=50)
 SMALL = dict(prefix_length=5, embedding_dim=12, hyper_dim=6, projector_dim=7, bottleneck=4)
+LAYERS = {block: 2 if block.startswith("encoder") else 3 for block in BLOCK_TYPES}
+SITES = [(block, layer) for block in BLOCK_TYPES for layer in range(LAYERS[block])]
+IMAGES = dict(visual_width=11)
+VECTOR = dict(per_position=False)
+# Ids and mask [3, 7], labels [3, 4], of which two are padded; features [3, 5, 11].
+RANDOM = torch.Generator().manual_seed(0)
+MASK = torch.arange(7) < torch.tensor([[7], [5], [3]])
+IDS = torch.randint(2, 50, (3, 7), generator=RANDOM) * MASK
+LABELS = torch.randint(2, 50, (3, 4), generator=RANDOM).masked_fill(~MASK[:, 2:6], -100)
+BATCH = IDS, MASK, LABELS
+FEATURES = 7 + 30 * torch.randn(3, 5, 11, generator=RANDOM)
 
 
-def make(folder, kind="v1.1", method="hyperpelt", tasks=("rte", "stsb"), seed=0, **changes):
-    make_checkpoint(folder, kind)
-    torch.manual_seed(seed)
-    model = HyperPELT(T5.from_pretrained(folder), tasks, HyperPELTConfig(method, **{**SMALL, **changes}))
-    with torch.no_grad():                                        # every part must matter, also what starts at zero
-        for name, parameter in model.named_parameters():
-            if not name.startswith("t5."):
-                parameter.normal_(std=0.5)
-    return model.eval()
+def make_model(method="hyperpelt", fresh=False, dtype=torch.float32, **changes):
+    """A model of two tasks in eval mode. Unless fresh, all of its parameters are random."""
+    torch.manual_seed(0)
+    config = HyperPELTConfig(method, **{**SMALL, **changes})
+    model = HyperPELT(T5(TINY), ["rte", "stsb"], config, dtype).eval()
+    for name, parameter in model.named_parameters():
+        if not fresh:
+            mean, spread = (1.0, 0.2) if "norm" in name else (0.0, 0.3)
+            torch.nn.init.normal_(parameter, mean, spread)
+    return model
 
 
-def normalised(features):
-    """Layer norm without weights, one position after the other."""
-    return np.array([(row - row.mean()) / np.sqrt(row.var() + 1e-5) for row in features])
+def assert_close(found, expected):
+    """Compare tensors with arrays one by one, or one tensor with an array along its first axis."""
+    for tensor, array in zip(found, expected, strict=True):
+        tensor = tensor.detach().double().numpy()
+        assert tensor.shape == array.shape
+        assert np.abs(tensor - array).max() < 1e-4 * max(1, np.abs(array).max())
 
 
-# ----------------------------------------------------------------- the whole method once more, literally, in numpy
+# ---- the equations in numpy ----------------------------------------------------------------------
 
-def numpy_hyper_embedding(p, z, layer, block, projector="projector"):
-    """Eq. (1) and (8) as they are written: concatenate, multiply, ReLU, multiply; one position after the other."""
-    rows, name = [], f"hyper_embedding.{projector}"
-    for z, l, b in zip(z, p["hyper_embedding.layer"][layer], p["hyper_embedding.block"][block]):
-        hidden = p[f"{name}.hidden.weight"] @ np.concatenate([z, l, b]) + p[f"{name}.hidden.bias"]
-        rows.append(p[f"{name}.out.weight"] @ np.maximum(hidden, 0) + p[f"{name}.out.bias"])
-    return np.array(rows)                                        # [N, E]
+def to_numpy(model):
+    return {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
 
 def linear(p, name, x):
     return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
 
-class NumpyT5:
-    """T5 v1.1 with prefixes and adapters for one sequence, from the tensors' names and the equations alone.
-
-    features [N, V] of its image, or None; vision: (visual prefix, visual adapter, tokens).
-    """
-
-    def __init__(self, p, config, task, prefix=True, adapter=True, features=None, vision=(False, False, False)):
-        self.p, self.c, self.features, self.tokens = p, config, features, vision[2]
-        z = p["hyper_embedding.task"][task]
-        z_v = linear(p, "hyper_embedding.visual", features) if vision[0] or vision[1] else None     # eq. (7)
-        task, image = ("", z, "projector"), ("visual_", z_v, "visual_projector")
-        self.prefixes = [task] * prefix + [image] * (prefix and vision[0])          # the task's first: eq. (9)
-        self.adapters = [task] * adapter + [image] * (adapter and vision[1])
-
-    def norm(self, x, name):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * self.p[f"t5.{name}.weight"]
-
-    def attention(self, name, u, memory, bias, kind, layer_id):
-        p, c = self.p, self.c
-        q, k, v = u @ p[f"t5.{name}.q.weight"].T, memory @ p[f"t5.{name}.k.weight"].T, memory @ p[f"t5.{name}.v.weight"].T
-        n = 0
-        for side, z, projector in reversed(self.prefixes):
-            hyper = numpy_hyper_embedding(p, z, layer_id, BLOCK_TYPES.index(kind), projector)
-            k = np.concatenate([linear(p, f"{side}prefix_hypernetwork.key", hyper), k])     # eq. (2), (3), (9)
-            v = np.concatenate([linear(p, f"{side}prefix_hypernetwork.value", hyper), v])
-            n += len(hyper)
-        heads = []
-        for h in range(c.num_heads):
-            part = slice(h * c.d_kv, (h + 1) * c.d_kv)
-            scores = q[:, part] @ k[:, part].T
-            scores[:, n:] += bias[h]                             # prefix columns: no bias, no mask
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            heads.append(weights / weights.sum(1, keepdims=True) @ v[:, part])
-        return np.concatenate(heads, 1) @ p[f"t5.{name}.o.weight"].T
-
-    def feed_forward(self, name, u, kind, layer_id):
-        p = self.p
-        gate = u @ p[f"t5.{name}.wi_0.weight"].T
-        gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-        y = (gate * (u @ p[f"t5.{name}.wi_1.weight"].T)) @ p[f"t5.{name}.wo.weight"].T
-        for side, z, projector in self.adapters:
-            mean = numpy_hyper_embedding(p, z, layer_id, BLOCK_TYPES.index(kind), projector).mean(0)
-            a, d = f"{side}adapter_hypernetwork", self.c.d_model
-            w_down = linear(p, f"{a}.down", mean).reshape(-1, d)                        # eq. (4)
-            w_up = linear(p, f"{a}.up", mean).reshape(d, -1)
-            hidden = np.maximum(u @ w_down.T + linear(p, f"{a}.down_bias", mean), 0)    # eq. (5)
-            y = y + p[f"{a}.scale"] * (hidden @ w_up.T + linear(p, f"{a}.up_bias", mean))  # eq. (6), (10)
-        return y
-
-    def bias(self, stack, queries, keys, causal):
-        c, out = self.c, np.zeros((self.c.num_heads, queries, keys))
-        for i in range(queries):
-            for j in range(keys):
-                d, b = j - i, c.relative_attention_num_buckets
-                base, d, b = (0, max(-d, 0), b) if causal else ((b // 2 if d > 0 else 0), abs(d), b // 2)
-                bucket = d if d < b // 2 else min(b // 2 + int(math.log(d / (b // 2)) / math.log(128 / (b // 2)) * (b - b // 2)), b - 1)
-                out[:, i, j] = self.p[f"t5.{stack}.relative_bias.weight"][base + bucket] + (-np.inf if causal and j > i else 0)
-        return out
-
-    def encode(self, ids):
-        x = self.p["t5.shared.weight"][ids]
-        if self.tokens:
-            x = np.concatenate([linear(self.p, "image_tokens", self.features), x])
-        bias = self.bias("encoder", len(x), len(x), False)
-        for i in range(self.c.num_layers):
-            name = f"encoder.blocks.{i}"
-            u = self.norm(x, f"{name}.self_norm")
-            x = x + self.attention(f"{name}.self_attention", u, u, bias, "encoder self-attention", i)
-            x = x + self.feed_forward(f"{name}.ffn", self.norm(x, f"{name}.ffn_norm"), "encoder FFN", i)
-        return self.norm(x, "encoder.norm")
-
-    def logits(self, ids, decoder_ids):
-        memory, x = self.encode(ids), self.p["t5.shared.weight"][decoder_ids]
-        bias, nothing = self.bias("decoder", len(x), len(x), True), np.zeros((self.c.num_heads, 1, 1))
-        for i in range(self.c.num_decoder_layers):
-            name, layer_id = f"decoder.blocks.{i}", self.c.num_layers + i
-            u = self.norm(x, f"{name}.self_norm")
-            x = x + self.attention(f"{name}.self_attention", u, u, bias, "decoder self-attention", layer_id)
-            u = self.norm(x, f"{name}.cross_norm")
-            x = x + self.attention(f"{name}.cross_attention", u, memory, nothing, "decoder cross-attention", layer_id)
-            x = x + self.feed_forward(f"{name}.ffn", self.norm(x, f"{name}.ffn_norm"), "decoder FFN", layer_id)
-        return self.norm(x, "decoder.norm") @ self.p["t5.lm_head.weight"].T
+def layer_norm(x):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5)
 
 
-@pytest.mark.parametrize("method", ["hyperpelt", "hyperprefix", "hyperadapter"])
-@pytest.mark.parametrize("task", ["rte", "stsb"])
-def test_model_equals_numpy(method, task, tmp_path):
-    """Eq. (1) to (6) in their places: all logits, rows of different length in one batch, both tasks."""
-    model = make(tmp_path, method=method)
-    ids, mask, labels = inputs()
-    with torch.no_grad():
-        logits, _ = model(ids, mask, labels, task)
-    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    independent = NumpyT5(p, model.t5.config, ["rte", "stsb"].index(task), *METHODS[method][:2])
-    for row in range(len(ids)):
-        real = int((labels[row] != -100).sum())
-        expected = independent.logits(ids[row][mask[row] == 1].numpy(), np.concatenate([[0], labels[row][:real - 1].numpy()]))
-        assert np.abs(expected - logits[row, :real].numpy()).max() < 1e-3 * np.abs(expected).max(), row
+def hyper_embedding(p, side, z, site):
+    """Eq. (1), (8) as they are written, with one matrix for the concatenation -> I [B, N, E]."""
+    block, layer = site
+    layer_embedding = p["layer"][layer + 2 if block.startswith("decoder") else layer]
+    block_embedding = p["block"][BLOCK_TYPES.index(block)]
+    inputs = np.broadcast_arrays(z, layer_embedding, block_embedding)
+    maps = [p[f"{side}.{name}.weight"] for name in ("from_z", "from_layer", "from_block")]
+    hidden = np.concatenate(inputs, 2) @ np.concatenate(maps, 1).T + p[f"{side}.from_z.bias"]
+    hyper = linear(p, f"{side}.to_hyper", np.maximum(hidden, 0))
+    if f"{side}.norm.weight" in p:
+        hyper = layer_norm(hyper) * p[f"{side}.norm.weight"] + p[f"{side}.norm.bias"]
+    return hyper
 
 
-def test_a_grid_of_another_size_is_refused(tmp_path):
-    """Features of one position would otherwise serve for all N, without a word."""
-    model, (ids, mask, labels) = make(tmp_path, visual_width=9, vision="both"), inputs()
-    for positions in (1, 4):
-        with pytest.raises(ValueError, match=f"{positions} positions and width 9, expected prefix_length, 5, and visual_width, 9"):
-            model(ids, mask, labels, "rte", features=torch.zeros(len(ids), positions, 9))
+def generated(p, side, z, site):
+    """Eq. (2) -> P_k, P_v [B, H, N, K]; eq. (4) -> W_down, b_down, W_up, b_up, lambda."""
+    hyper = hyper_embedding(p, side, z, site)
+    if site[0] not in FFN_BLOCKS:
+        keys = linear(p, f"{side}.to_key", hyper).reshape(-1, 5, 2, 8)
+        values = linear(p, f"{side}.to_value", hyper).reshape(-1, 5, 2, 8)
+        return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+    mean = hyper.mean(1)
+    down = linear(p, f"{side}.to_down", mean).reshape(-1, 4, 24)
+    up = linear(p, f"{side}.to_up", mean).reshape(-1, 24, 4)
+    biases = [linear(p, f"{side}.to_{name}_bias", mean)[:, None] for name in ("down", "up")]
+    return down, biases[0], up, biases[1], p[f"{side}.scale"]
 
 
-@pytest.mark.parametrize("method,vision", [("hyperpelt", "both"), ("hyperpelt", "prefix"), ("hyperpelt", "adapter"), ("hyperpelt", "tokens"),
-                                           ("hyperprefix", "both"), ("hyperadapter", "both")])
-def test_images_equal_numpy(method, vision, tmp_path):
-    """Eq. (7) to (10): every row of a batch has its own image; nothing leaks between rows; a text task sees no image."""
-    model = make(tmp_path, method=method, visual_width=9, vision=vision)
-    ids, mask, labels = inputs()
-    features = 30 * torch.randn(len(ids), 5, 9, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        logits = model(ids, mask, labels, "rte", features=features)[0]
-        text = model(ids, mask, labels, "rte")[0]
-    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    for row in range(len(ids)):
-        real = int((labels[row] != -100).sum())
-        for found, image, ways in ((logits, normalised(features[row].double().numpy()), VISION[vision]), (text, None, (False,) * 3)):
-            independent = NumpyT5(p, model.t5.config, 0, *METHODS[method][:2], image, ways)
-            expected = independent.logits(ids[row][mask[row] == 1].numpy(), np.concatenate([[0], labels[row][:real - 1].numpy()]))
-            assert np.abs(expected - found[row, :real].numpy()).max() < 1e-3 * np.abs(expected).max(), row
-    assert (logits - text).abs().max() > 0.1
+# ---- the equations at the sites ------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [{}, VECTOR, dict(hyper_norm=True), dict(method="hypervector")])
+def test_generated_weights_equal_the_equations(changes):
+    model = make_model(**changes, **IMAGES)
+    p, z, features = to_numpy(model), to_numpy(model)["task.stsb"][None], FEATURES / 30
+    from_task, from_images = model.generate_weights("stsb"), model.generate_visual_weights(features)
+    z_v = linear(p, "visual_embedding", features.numpy())                       # eq. (7)
+    z_v = z_v if model.config.per_position else z_v.mean(1, keepdims=True)
+    has_prefix = model.config.method == "hyperpelt"
+    sites = [site for site in SITES if has_prefix or site[0] in FFN_BLOCKS]
+    assert sorted(from_task) == sorted(from_images) == sorted(sites)
+    for site in sites:
+        assert_close(from_task[site], generated(p, "hypernetworks", z, site))
+        assert_close(from_images[site], generated(p, "visual_hypernetworks", z_v, site))
 
 
-def test_images_in_generation(tmp_path):
-    """Greedy and beam search with images: each row as it is alone; beams of a row share its image's weights."""
-    for method, vision in (("hyperpelt", "both"), ("norms", "tokens")):
-        model = make(tmp_path, method=method, visual_width=9, vision=vision)
-        ids, mask, _ = inputs(vocabulary=64)
-        features = 4 * torch.randn(len(ids), 5, 9, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            sites = model.generate_sites("rte")
-            for beams in (1, 3):
-                together = model.t5.generate(ids, mask, 8, beams, **model.inject(sites, features))
-                for row in range(len(ids)):
-                    one = slice(row, row + 1)
-                    alone = model.t5.generate(ids[one], mask[one], 8, beams, **model.inject(sites, features[one]))[0]
-                    assert torch.equal(together[row, :len(alone)], alone) and (together[row, len(alone):] == 0).all()
-            other = model.t5.generate(ids, mask, 8, 1, **model.inject(sites, features.flip(0)))
-            assert not torch.equal(other, model.t5.generate(ids, mask, 8, 1, **model.inject(sites, features)))
+@pytest.mark.parametrize("sharing", ["shared", "per-task"])
+def test_learned_prefixes_equal_equation_11_and_adapters_are_as_they_are(sharing):
+    model = make_model("mam", sharing=sharing)
+    p = to_numpy(model)
+    for task in model.tasks:
+        owner, weights = "all" if sharing == "shared" else task, model.generate_weights(task)
+        assert sorted(weights) == sorted(SITES)
+        for b, block in enumerate((ENCODER_SELF, DECODER_SELF, DECODER_CROSS)):
+            E, network = p[f"learned.embedding.{owner}"][b], f"learned.networks.{b}"
+            both = linear(p, f"{network}.2", np.tanh(linear(p, f"{network}.0", E)))
+            both = both.reshape(5, LAYERS[block], 2, 2, 8).transpose(1, 2, 3, 0, 4)
+            for layer in range(LAYERS[block]):
+                assert_close(weights[block, layer], both[layer][:, None])
+        ffns = [site for site in SITES if site[0] in FFN_BLOCKS]
+        for i, site in enumerate(ffns):
+            own = [p[f"learned.{name}.{owner}"][i] for name in Adapter.names[:4]]
+            assert_close(weights[site], [*own, p["learned.scale"]])
 
 
-@pytest.mark.parametrize("vision", VISION)
-def test_images_in_bfloat16(vision, tmp_path):
-    """The same as in float32, to what bfloat16 can hold; the generated weights of images are in the dtype of the backbone."""
-    models = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        make_checkpoint(tmp_path, "v1.1")
-        torch.manual_seed(0)
-        models[dtype] = HyperPELT(T5.from_pretrained(tmp_path), ["vqa"], HyperPELTConfig(**SMALL, visual_width=9, vision=vision), dtype).eval()
-    features, ids = torch.randn(3, 5, 9), torch.randint(5, 40, (3, 7))
-    outputs = {dtype: model(ids, None, ids[:, :4], "vqa", features=features)[0] for dtype, model in models.items()}
-    assert outputs[torch.bfloat16].dtype == torch.bfloat16
-    difference = (outputs[torch.float32] - outputs[torch.bfloat16].float()).norm() / outputs[torch.float32].norm()
-    assert difference < 0.1
-    injected = models[torch.bfloat16].inject(models[torch.bfloat16].generate_sites("vqa"), features)
-    tensors = [tensor for site in injected["sites"].values() for part in site.parts for tensor in part] + [injected.get("front", torch.zeros(0, dtype=torch.bfloat16))]
-    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+def watch(t5, injected):
+    """Run a T5 -> {module name: (inputs, output)}."""
+    seen, names = {}, {module: name for name, module in t5.named_modules()}
+
+    def note(module, *inputs_and_output):
+        seen[names[module]] = inputs_and_output
+
+    with torch.nn.modules.module.register_module_forward_hook(note):
+        t5(*BATCH, **injected)
+    return seen
 
 
-def test_ways_in_for_images():
-    """Weights are generated from images by hypernetworks only; to every other method images come as tokens, or not at all."""
-    for method, (*_, source) in METHODS.items():
-        for vision in VISION if source == "hypernetworks" else ["tokens"]:
-            if (method, vision) not in (("hyperprefix", "adapter"), ("hyperadapter", "prefix"), ("hyperformer", "prefix")):
-                with torch.device("meta"):
-                    model = HyperPELT(T5(T5Config.from_name("t5-small")), ["vqa"], HyperPELTConfig(method, visual_width=9, vision=vision))
-                assert any("visual" in name or "image_tokens" in name for name in model.trained())
-    for method, vision in (("norms", "both"), ("adapter", "both"), ("prefix", "prefix"), ("mam", "adapter"), ("full", "both"), ("hyperprefix", "adapter")):
-        with pytest.raises(hyperpelt.UserError, match="lets no image in"), torch.device("meta"):
-            HyperPELT(T5(T5Config.from_name("t5-small")), ["vqa"], HyperPELTConfig(method, visual_width=9, vision=vision))
+def check_attention(p, name, seen, plain, given):
+    """Eq. (3), (9). given: pairs (P_k, P_v) [B, H, N, K] of the task and of the images."""
+    (u, source, *_), output = seen[name]
+    projected = []
+    for x, part in ((u, "q"), (source, "k"), (source, "v")):
+        whole = x.numpy() @ p[f"t5.{name}.{part}.weight"].T
+        projected.append(whole.reshape(3, -1, 2, 8).transpose(0, 2, 1, 3))
+    q, k, v = projected
+    keys = np.concatenate([*(np.broadcast_to(p_k, (3, 2, 5, 8)) for p_k, _ in given), k], 2)
+    values = np.concatenate([*(np.broadcast_to(p_v, (3, 2, 5, 8)) for _, p_v in given), v], 2)
+    # The text's own tokens keep the bias and the mask of the plain T5. A prefix has neither.
+    scores = q @ keys.swapaxes(2, 3)
+    scores[..., 5 * len(given):] += plain[name][0][2].numpy()
+    weights = np.exp(scores - scores.max(3, keepdims=True))
+    heads = (weights / weights.sum(3, keepdims=True) @ values).transpose(0, 2, 1, 3)
+    assert_close(output, heads.reshape(3, -1, 16) @ p[f"t5.{name}.o.weight"].T)
 
 
-def test_vector_form_and_norm(tmp_path):
-    """per_position False: one hyper-embedding per site, whose heads emit all N rows; hyper_norm: layer norm on I."""
-    model = make(tmp_path, per_position=False, hyper_norm=True)
-    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    site = model.generate_sites("stsb")[DECODER_CROSS, 1]
-    hyper = numpy_hyper_embedding(p, p["hyper_embedding.task"][1], 3 + 1, BLOCK_TYPES.index(DECODER_CROSS))
-    assert hyper.shape == (1, SMALL["hyper_dim"])
-    hyper = (hyper - hyper.mean()) / np.sqrt(hyper.var() + 1e-5) * p["hyper_embedding.projector.norm.weight"] + p["hyper_embedding.projector.norm.bias"]
-    expected = linear(p, "prefix_hypernetwork.key", hyper).reshape(SMALL["prefix_length"], 3, 16)
-    assert np.allclose(expected.transpose(1, 0, 2), site.parts[0][0].detach().numpy(), atol=1e-4)
-    # an image's side of it: the mean of its cells stands for it
-    model = make(tmp_path, per_position=False, visual_width=9)
-    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    features = torch.randn(2, 7, 9)
-    site = model.add_images(model.generate_sites("stsb"), features)[DECODER_CROSS, 1]
-    z = linear(p, "hyper_embedding.visual", features[1].double().numpy()).mean(0, keepdims=True)
-    hyper = numpy_hyper_embedding(p, z, 3 + 1, BLOCK_TYPES.index(DECODER_CROSS), "visual_projector")
-    expected = linear(p, "visual_prefix_hypernetwork.key", hyper).reshape(SMALL["prefix_length"], 3, 16)
-    assert np.allclose(expected.transpose(1, 0, 2), site.parts[1][0][1].detach().numpy(), atol=1e-4)
+def check_ffn(t5, name, seen, given):
+    """Eq. (6), (10): y = x + FFN(u) + lambda A(u) + lambda_v A^v(u), with A(u) by eq. (5)."""
+    (x,), u = seen[f"{name}.ffn_norm"]
+    expected = (x + t5.get_submodule(f"{name}.ffn")(u, {})).numpy()
+    for down, down_bias, up, up_bias, scale in given:
+        hidden = np.maximum(u.numpy() @ down.swapaxes(1, 2) + down_bias, 0)
+        expected = expected + scale * (hidden @ up.swapaxes(1, 2) + up_bias)
+    assert_close(seen[name][1], expected)
 
 
-# --------------------------------------------------------------------------------------- baselines: weights learned as they are
-
-def test_learned_weights_equal_numpy(tmp_path):
-    """Eq. (11) site by site, of both tasks; adapters are the tensors themselves, W_up and b_up times lambda."""
-    model = make(tmp_path, method="mam", reparam_dim=7)
-    p = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
-    for number, task in enumerate(("rte", "stsb")):
-        sites, ffn = model.generate_sites(task), [site for site in model.generate_sites(task) if site[0].endswith("FFN")]
-        assert len(sites) == 3 + 3 + 2 + 2 + 2 and len(ffn) == 5
-        for k, (kind, layers) in enumerate(((ENCODER_SELF, 3), (DECODER_SELF, 2), (DECODER_CROSS, 2))):
-            both = linear(p, f"learned.out.{k}", np.tanh(linear(p, f"learned.hidden.{k}", p["learned.embedding"][number, k])))
-            for layer in range(layers):
-                for part, found in enumerate(sites[kind, layer].parts[0]):
-                    columns = both[:, (2 * layer + part) * 48:][:, :48]                          # [N, H*K]
-                    assert np.allclose(np.stack(np.split(columns, 3, 1)), found.detach().numpy(), atol=1e-4)
-        for i, site in enumerate(ffn):
-            scales = 1, 1, p["learned.scale"], p["learned.scale"]
-            for name, scale, found in zip(("down", "down_bias", "up", "up_bias"), scales, sites[site].parts[0]):
-                assert np.allclose(scale * p[f"learned.{name}"][number, i], found.detach().numpy(), atol=1e-5)
-
-
-def test_learned_adapters_start_as_linear_maps_do(tmp_path):
-    """W_down: uniform between -1/sqrt(D) and 1/sqrt(D), as nn.Linear; W_up and the biases 0; lambda 1."""
-    make_checkpoint(tmp_path, "v1.1")
-    torch.manual_seed(0)
-    learned = HyperPELT(T5.from_pretrained(tmp_path), ["rte", "stsb"], HyperPELTConfig("adapter", bottleneck=64)).learned
-    down, bound = learned.down.detach(), 1 / math.sqrt(learned.down.size(-1))
-    assert down.abs().max() <= bound and down.max() > 0.99 * bound and down.min() < -0.99 * bound and abs(down.mean()) < 0.02 * bound
-    assert not any(getattr(learned, name).any() for name in ("down_bias", "up", "up_bias")) and learned.scale == 1
+@torch.no_grad()
+@pytest.mark.parametrize("method, changes", [
+    ("hyperpelt", {}), ("mam", {}), ("norms", {}), ("hyperpelt", VECTOR), ("hyperpelt", IMAGES),
+    ("hyperpelt", dict(prefix_blocks=(DECODER_CROSS,))), ("hyperpelt", {**IMAGES, **VECTOR}),
+    ("hyperpelt", dict(**IMAGES, vision="prefix")), ("hyperpelt", dict(**IMAGES, vision="adapter")),
+])
+def test_every_site_equals_the_equations(method, changes):
+    """The plain T5 gives the bias and the mask that the text's own tokens must keep."""
+    model = make_model(method, **changes)
+    sources, features = [model.generate_weights("rte")], None
+    if model.config.visual_width:
+        features, normalised = FEATURES, torch.from_numpy(layer_norm(FEATURES.numpy()))
+        sources.append(model.generate_visual_weights(normalised))
+        kinds = {"both": {False, True}, "prefix": {False}, "adapter": {True}}[model.config.vision]
+        assert {block in FFN_BLOCKS for block, _ in sources[1]} == kinds
+    seen = watch(model.t5, model.inject(sources[0], features))
+    plain = watch(model.t5, {})
+    for block, layer in SITES:
+        name = f"{block.split()[0]}.blocks.{layer}"
+        found = [weights[block, layer] for weights in sources if (block, layer) in weights]
+        given = [[tensor.numpy() for tensor in tensors] for tensors in found]
+        if block in FFN_BLOCKS:
+            check_ffn(model.t5, name, seen, given)
+        else:
+            part = "cross_attention" if block == DECODER_CROSS else "self_attention"
+            check_attention(to_numpy(model), f"{name}.{part}", seen, plain, given)
 
 
-def test_learned_adapters_act_as_generated_ones(tmp_path):
-    """The tensors that a hypernetwork generates, put into the baseline as its own, give the same logits: one injection."""
-    generated, learned = (make(tmp_path, method=method) for method in ("hyperadapter", "adapter"))
-    with torch.no_grad():
-        for number, task in enumerate(generated.tasks):
-            hyper = generated.hyper_embedding(number, generated.layer_ids, generated.block_ids)
-            learned.learned.scale.fill_(1)
-            for name, tensor in zip(("down", "down_bias", "up", "up_bias"), generated.adapter_hypernetwork(hyper)):
-                getattr(learned.learned, name)[number] = tensor
-            assert torch.equal(generated(*inputs(), task)[0], learned(*inputs(), task)[0])
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_image_batch_generates_what_each_example_generates_alone(beams):
+    model = make_model(**IMAGES)
+    weights = model.generate_weights("rte")
+    together = model.t5.generate(IDS, MASK, 7, beams, **model.inject(weights, FEATURES))
+    for i in range(3):
+        injected = model.inject(weights, FEATURES[i:i + 1])
+        alone = model.t5.generate(IDS[i:i + 1], None, 7, beams, **injected)[0]
+        assert torch.equal(together[i, :len(alone)], alone)
 
 
-# ------------------------------------------------------------------------------------------------------------ prefix
-
-def test_prefix_leaves_bias_and_mask_alone(tmp_path):
-    """Real keys keep their bias, N columns of 0 stand in front, for padded rows and later steps too."""
-    stack = make(tmp_path).t5.decoder
-    for module in (stack, make(tmp_path).t5.encoder):
-        padding = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-        plain, extended = (module.self_mask(4, 0, padding, n, torch.float32) for n in (0, 5))
-        assert torch.equal(extended[..., 5:], plain) and (extended[..., :5] == 0).all()
-        assert (plain[1, :, :, 2:] < -1e8).all()
-    later = stack.self_mask(1, 3, None, 5, torch.float32)   # the query at step 3 has position 3
-    assert torch.equal(later[..., 5:], stack.self_mask(4, 0, None, 0, torch.float32)[:, :, 3:])
-    assert torch.equal(t5_module.padding_mask(torch.tensor([[1, 0]]), 5, torch.float32)[0, 0, 0, :6], torch.zeros(6))
+@torch.no_grad()
+def test_a_prefix_is_prepended_once_and_not_at_every_step():
+    model, cache = make_model(), {}
+    sites = model.inject(model.generate_weights("rte"))["sites"]
+    memory, mask = model.t5.encode(IDS, MASK, sites)
+    steps = [model.t5.decode(IDS[:, t:t + 1], memory, mask, sites, cache) for t in range(7)]
+    torch.testing.assert_close(torch.cat(steps, 1), model.t5.decode(IDS, memory, mask, sites))
 
 
-def test_masked_prefix_is_the_plain_model(tmp_path, monkeypatch):
-    """With the prefix columns masked out by hand, bias and all, the logits are the plain model's."""
-    t5 = make(tmp_path, method="norms").t5
-    sites = {(kind, i): Prefix((torch.randn(3, 5, 16), torch.randn(3, 5, 16)))
-             for kind, count in ((ENCODER_SELF, 3), (DECODER_SELF, 2), (DECODER_CROSS, 2)) for i in range(count)}
-    ids, mask, labels = inputs()
-    with torch.no_grad():
-        plain, prefixed = t5(ids, mask, labels)[0], t5(ids, mask, labels, sites)[0]
-        pad = torch.nn.functional.pad
-        monkeypatch.setattr(t5_module.F, "pad", lambda x, by, value=0.0: pad(x, by, value=-1e9 if by == (5, 0) else value))
-        masked = t5(ids, mask, labels, sites)[0]
-    assert torch.allclose(masked, plain, atol=1e-5) and (prefixed - plain).abs().max() > 0.1
+@torch.no_grad()
+def test_a_text_batch_needs_no_visual_side_and_another_grid_is_refused():
+    with_images, without = make_model(**IMAGES), make_model()
+    without.load_state_dict(with_images.state_dict(), strict=False)
+    assert torch.equal(with_images(*BATCH, "rte")[0], without(*BATCH, "rte")[0])
+    with pytest.raises(ValueError, match="1 positions, expected .* 5"):
+        with_images(*BATCH, "rte", features=FEATURES[:, :1])
 
 
-def test_zero_prefix_still_takes_mass(tmp_path):
-    """With all-zero keys and values the output shrinks; it is not the plain model's."""
-    t5 = make(tmp_path, method="norms").t5
-    ids, mask, labels = inputs()
-    sites = {(ENCODER_SELF, i): Prefix((torch.zeros(3, 5, 16), torch.zeros(3, 5, 16))) for i in range(3)}
-    with torch.no_grad():
-        assert (t5(ids, mask, labels, sites)[0] - t5(ids, mask, labels)[0]).abs().max() > 1e-2
+@torch.no_grad()
+@pytest.mark.parametrize("vision", ["both", "tokens"])
+def test_bfloat16_holds_what_is_frozen_only(vision):
+    model = make_model(dtype=torch.bfloat16, vision=vision, **IMAGES)
+    exact = make_model(vision=vision, **IMAGES)
+    exact.load_state_dict(model.state_dict())
+    for parameter in model.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    rough, fine = (m(*BATCH, "rte", features=FEATURES)[0] for m in (model, exact))
+    assert rough.dtype == torch.bfloat16 and 0 < (rough - fine).std() < 0.1 * fine.std()
+    if vision == "both":
+        assert model.generate_visual_weights(FEATURES)[DECODER_SELF, 0][0].dtype == torch.bfloat16
+    else:
+        expected = linear(to_numpy(exact), "image_tokens", layer_norm(FEATURES.numpy()))
+        assert_close(exact.inject({}, FEATURES)["front"], expected)
 
 
-@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
-def test_cached_decoding_equals_uncached(kind, tmp_path):
-    """The prefix is prepended once; 9 steps of greedy decoding against full recomputation, padded rows included."""
-    model = make(tmp_path, kind)
-    ids, mask, _ = inputs(vocabulary=64)
-    with torch.no_grad():
-        sites = model.generate_sites("rte")
-        found = model.t5.generate(ids, mask, max_new_tokens=9, sites=sites)
-        (memory, _), sequence = model.t5.encode(ids, mask, sites), torch.zeros(len(ids), 1, dtype=torch.long)
-        done = torch.zeros(len(ids), dtype=torch.bool)
-        for _ in range(found.size(1)):
-            token = model.t5.decode(sequence, memory, mask, sites)[:, -1].argmax(-1).masked_fill(done, 0)
-            done |= token == 1
-            sequence = torch.cat([sequence, token[:, None]], 1)
-    assert found.size(1) >= 6 and torch.equal(found, sequence[:, 1:])
+# ---- what is trained, how it starts, and how large it is -----------------------------------------
+
+# What each method trains beside the layer norms, with images and without.
+DECLARED = dict.fromkeys(METHODS, "task.rte|layer|block|(hypernetworks|visual_|image_tokens).*")
+DECLARED |= {"prefix": "learned.(embedding.all|networks.*)", "adapter": "learned.(.*.rte|scale)",
+             "mam": "learned.(.*.all|scale|networks.*)", "norms": "image_tokens.*", "full": "t5.*"}
 
 
-# --------------------------------------------------------------------------------- freezing, generation, initial state
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_the_declared_is_trained(method, tmp_path):
-    """Gradients reach exactly what `trained` names; all else is bit-identical after several steps."""
-    model = make(tmp_path, method=method).train()
-    before = copy.deepcopy(model.state_dict())
-    requires, config = {n: p.requires_grad for n, p in model.named_parameters()}, dataclasses.asdict(model.config)
+@pytest.mark.parametrize("method, vision", [
+    ("norms", "tokens"), *((method, "") for method in METHODS),
+    *(("hyperpelt", vision) for vision in VISION)])
+def test_exactly_what_is_declared_is_trained(method, vision):
+    """A task that is not in a batch has no gradient, and Adam leaves its parameters alone."""
+    model = make_model(method, **dict(vision=vision, **IMAGES) if vision else {}).train()
+    features = FEATURES if vision else None
+    declared = f"t5.*norm.weight|{DECLARED[method]}"
+    expected = {name for name, _ in model.named_parameters() if re.fullmatch(declared, name)}
+    flags, config = [p.requires_grad for p in model.parameters()], copy.deepcopy(model.config)
     optimiser = torch.optim.AdamW(model.trained().values(), lr=1e-2)
-    for step in range(4):
-        loss = model(*inputs(step), ["rte", "stsb"][step % 2])[1]
-        loss.backward()
-        if step == 0:
-            assert {n for n, p in model.named_parameters() if p.grad is not None} == set(model.trained())
+    for step, task in enumerate(["stsb", "rte", "rte", "rte"]):
+        if step == 1:
+            before = copy.deepcopy(model.state_dict())
+        model(*BATCH, task, features=features)[1].backward()
+        with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+        assert with_gradient == expected or step == 0
         optimiser.step()
         optimiser.zero_grad()
-    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-    assert changed == set(model.trained())
-    if method != "full":
-        in_t5 = {n for n in changed if n.startswith("t5.")}
-        assert in_t5 == {n for n in before if n.startswith("t5.") and "norm" in n} and len(in_t5) == 3 * 2 + 2 * 3 + 2
-    assert requires == {n: p.requires_grad for n, p in model.named_parameters()} and config == dataclasses.asdict(model.config)
+    after = model.state_dict()
+    assert {name for name in after if not torch.equal(before[name], after[name])} == expected
+    assert flags == [p.requires_grad for p in model.parameters()] and config == model.config
 
 
-def test_weights_are_generated_once(tmp_path):
-    """One call of each hypernetwork in a training step. (For an evaluation: in test_train.py.)"""
-    model = make(tmp_path)
-    calls = []
-    for network in (model.prefix_hypernetwork, model.adapter_hypernetwork):
-        network.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
-    model(*inputs(), "rte")
-    assert sorted(calls) == ["AdapterHypernetwork", "PrefixHypernetwork"]
-
-
-def test_adapters_start_as_no_op(tmp_path):
-    make_checkpoint(tmp_path)
-    plain, model = T5.from_pretrained(tmp_path).eval(), HyperPELT(T5.from_pretrained(tmp_path), ["rte"], HyperPELTConfig("hyperadapter", **SMALL)).eval()
-    with torch.no_grad():
-        assert torch.equal(plain(*inputs())[0], model(*inputs(), "rte")[0])
-
-
-def test_bfloat16_holds_frozen_weights_once(tmp_path):
-    make_checkpoint(tmp_path)
-    model = HyperPELT(T5.from_pretrained(tmp_path), ["rte"], HyperPELTConfig(**SMALL), torch.bfloat16).eval()
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float32 if name in model.trained() else torch.bfloat16), name
-    torch.manual_seed(0)
-    exact = HyperPELT(T5.from_pretrained(tmp_path), ["rte"], HyperPELTConfig(**SMALL)).eval()
-    exact.load_state_dict(model.state_dict())
-    a, b = (m(*inputs(), "rte")[0] for m in (model, exact))
-    assert a.dtype == torch.bfloat16 and 0 < (a - b).std() < 0.05 * b.std()
-
-
-def test_same_seed_same_weights(tmp_path):
-    a, b, c = (make(tmp_path, seed=seed).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["hyper_embedding.task"], c["hyper_embedding.task"])
-
-
-# ------------------------------------------------------------------------------------------------------------- budget
-
-def test_parameter_budget():
-    """The figures of the README, by arithmetic from the sizes: T5-base, N 49, d_t 768, d_I 64, h 128, b 24, 8 tasks."""
-    norms, embeddings = 62 * 768, (8 + 24 + 5) * 49 * 768
-    projector = 3 * 768 * 128 + 128 + 128 * 64 + 64
-    prefix_heads = 2 * (64 * 768 + 768)
-    adapter_heads = 2 * (64 + 1) * 24 * 768 + (64 + 1) * 24 + (64 + 1) * 768 + 1
-    assert norms == 47_616 and norms + embeddings + projector + prefix_heads == 1_843_136
-    with torch.device("meta"):
-        counts = {}
-        for method in METHODS:
-            model = HyperPELT(T5(T5Config.from_name("t5-base")), list("abcdefgh"), HyperPELTConfig(method))
-            counts[method] = sum(p.numel() for p in model.trained().values())
-            if method == "hyperpelt":
-                assert hyperpelt.deployed(model) == norms + 8 * (36 * 2 * 49 * 768 + 24 * (2 * 24 * 768 + 24 + 768))
-    assert counts["hyperprefix"] == 1_843_136 and counts["hyperpelt"] == 1_843_136 + adapter_heads
-    prefix = 8 * 3 * 49 * 768 + 3 * 769 * 512 + 3 * 513 * 12 * 2 * 768
-    adapter = 8 * 24 * (2 * 24 * 768 + 24 + 768) + 1
-    assert counts["prefix"] == norms + prefix and counts["adapter"] == norms + adapter and counts["mam"] == norms + prefix + adapter
-    vector = (8 + 24 + 5) * 768 + projector + 2 * 64
-    assert counts["hyperformer"] == norms + vector + adapter_heads
-    assert counts["norms"] == norms and counts["full"] == 222_903_552
-    assert f"{1 + counts['hyperprefix'] / counts['full']:.2f} {1 + counts['hyperpelt'] / counts['full']:.2f} {1 + counts['prefix'] / counts['full']:.2f}" == "1.01 1.02 1.14"
-    assert f"{100 * counts['hyperpelt'] / 8 / counts['full']:.2f}" == "0.24"
-
-
-def test_budget_command(tmp_path):
-    out, _ = run("hyperpelt.py", "--model", "t5-base", "--tasks", 8)
-    assert "1.0083x" in out and "1.0192x" in out and "0.241 %" in out and "4,290,777" in out and "8 x 49 x 768" in out
-    make_checkpoint(tmp_path)
-    assert "2 tasks" in run("hyperpelt.py", "--model", tmp_path, "--tasks", 2)[0]
-    assert "t5-bas" in run("hyperpelt.py", "--model", "t5-bas", ok=False)[1]
-    assert "--tasks" in run("hyperpelt.py", "--tasks", 0, ok=False)[1]
+def test_weights_are_generated_once_for_an_evaluation(tmp_path):
+    run, calls = train.load_run(train.read_settings(["--run", str(tmp_path / "run")])), []
+    for module in (run.model.hypernetworks, run.model.hypernetworks.to_key):
+        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    examples = run.splits["rte"]["validation"]
+    assert len(train.generate_outputs(run, run.tasks["rte"], examples)) == len(examples) == 200
+    assert calls == ["Linear", "Hypernetworks"]
 
 
 def test_gradients_do_not_depend_on_the_order_of_threads():
-    """T5-base's sites, the paper's sizes: PyTorch sums the gradient of x[ids] by several threads as they come, unless x is small."""
-    torch.manual_seed(0)
-    embedding, layer_ids = HyperEmbedding(HyperPELTConfig(), 1, 24, visual=False), torch.arange(60) % 24
-    for parameter in embedding.parameters():
-        torch.nn.init.normal_(parameter)
-    out, found = torch.randn(60, 49, 64), set()
-    torch.set_num_threads(2)
-    try:
-        for _ in range(50):
-            embedding.zero_grad()
-            hyper = embedding(0, layer_ids, torch.arange(60) % 5)
-            hyper.backward(out)
-            found.add(embedding.layer.grad.numpy().tobytes())
-    finally:
-        torch.set_num_threads(1)
-    assert len(found) == 1
-    nodes = [hyper.grad_fn]                                      # it takes many tries to see, so look for the gradient of x[ids] itself
+    """The gradient of layer[ids] would: it is summed in the order in which threads come."""
+    nodes = [make_model().generate_weights("rte")[DECODER_SELF, 0][0].grad_fn]
     for node in nodes:
-        nodes += [following for following, _ in node.next_functions if following is not None and following not in nodes]
-    assert len(nodes) > 8 and not any("IndexBackward" in node.name() for node in nodes)
+        nodes += [other for other, _ in node.next_functions if other and other not in nodes]
+    assert {n.name() for n in nodes if "Index" in n.name()} == {"IndexSelectBackward0"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method, changes", [("adapter", {}), ("hyperadapter", IMAGES)])
+def test_adapters_do_nothing_at_first(method, changes):
+    model = make_model(method, fresh=True, **changes)
+    logits_and_loss = model(*BATCH, "rte", features=FEATURES if changes else None)
+    assert all(map(torch.equal, logits_and_loss, model.t5(*BATCH)))
+
+
+def test_the_start_has_the_declared_scales():
+    defaults = dict(position_noise=0.5, adapter_scale=0.1, learned_scale=1.0)
+    assert HyperPELTConfig(**defaults) == HyperPELTConfig()
+    z = hyperpelt.embeddings(HyperPELTConfig(position_noise=0.3), 60, 49)
+    assert abs(z.std() - 1) < 0.02 and abs(z.mean(1).var(0).mean() - 0.706) < 0.02
+    model = make_model(fresh=True, embedding_dim=200, projector_dim=300, adapter_scale=0.7)
+    networks, one_map = model.hypernetworks, torch.nn.Linear(3 * 200, 300).weight
+    for part in (networks.from_z, networks.from_layer, networks.from_block):
+        assert abs(part.weight.std() / one_map.std() - 1) < 0.02
+    biases = [p for name, p in networks.named_parameters() if name.endswith("bias")]
+    assert not any(bias.any() for bias in biases) and networks.scale == torch.tensor(0.7)
+    learned = make_model("adapter", fresh=True, bottleneck=90, learned_scale=0.6).learned
+    down, bound = learned.down["rte"].detach(), 24 ** -0.5
+    assert 0.99 * bound < down.max() <= bound and 0.99 * bound < -down.min() <= bound
+    assert not learned.down_bias["rte"].any() and learned.scale == torch.tensor(0.6)
+
+
+@torch.no_grad()
+def test_positions_are_alike_and_blocks_are_told_apart_by_b_alone():
+    model, order = make_model(), torch.tensor([3, 0, 4, 1, 2])
+    before = model(*BATCH, "rte")[0]
+    for name, table in (("l", model.layer), ("b", model.block), ("z", model.task["rte"][None])):
+        table.copy_(table[:, order])
+        is_same = torch.allclose(model(*BATCH, "rte")[0], before, atol=1e-4)
+        assert is_same is (name == "z")
+    for factor in (1, 0):
+        model.block.mul_(factor)
+        weights = model.generate_weights("rte")
+        is_same = torch.equal(weights[DECODER_SELF, 1][0], weights[DECODER_CROSS, 1][0])
+        assert is_same is (factor == 0)
+
+
+# T5-base with 8 tasks, by hand: N 49, d_t 768, d_I 64, Q 128, r 24; 36 attentions and 24 FFNs.
+NORMS = 62 * 768
+HYPER = NORMS + (8 + 24 + 5) * 37_632 + (3 * 768 * 128 + 128) + (128 * 64 + 64)
+KEY_HEADS = 2 * 65 * 768
+ADAPTER = 2 * 24 * 768 + 24 + 768
+ADAPTER_HEADS = 65 * ADAPTER + 1
+PREFIX = NORMS + 3 * 49 * 768 + 3 * (769 * 512 + 513 * 12 * 2 * 768)
+DEPLOYED = 36 * 2 * 49 * 768 + 24 * (ADAPTER + 1)
+
+
+@pytest.mark.parametrize("method, changes, by_hand, ratio", [
+    ("hyperprefix", {}, HYPER + KEY_HEADS, "1.0083"),
+    ("hyperpelt", {}, HYPER + KEY_HEADS + ADAPTER_HEADS, "1.0192"),
+    ("hyperpelt", VECTOR, 7_719_129, "1.0346"), ("prefix", {}, PREFIX, "1.1333"),
+    ("mam", {}, PREFIX + 24 * ADAPTER + 1, "1.1373"),
+    ("prefix", dict(sharing="per-task"), PREFIX + 7 * 3 * 49 * 768, "1.1368"),
+    ("adapter", {}, NORMS + 8 * 903_744 + 1, "1.0326"),
+    ("hyperadapter", {}, HYPER + ADAPTER_HEADS, "1.0188"),
+    ("hypervector", {}, HYPER - 48 * 37 * 768 + 2 * 64 + ADAPTER_HEADS, "1.0127"),
+])
+def test_sizes_on_t5_base(method, changes, by_hand, ratio):
+    with torch.device("meta"):
+        model = HyperPELT(T5(T5Config()), list("abcdefgh"), HyperPELTConfig(method, **changes))
+    trained = hyperpelt.count(model.trained().values())
+    assert trained == by_hand and f"{1 + trained / 222_903_552:.4f}" == ratio
+
+
+def test_the_command_prints_the_sizes_and_an_unknown_model_is_one_line():
+    process = run_cli("hyperpelt.py", "--tasks", 3)
+    lines = [line.split() for line in process.stdout.splitlines()]
+    assert ["hyperpelt", "4,102,617", "1.0184x", "0.614%", f"{NORMS + 3 * DEPLOYED:,}"] in lines
+    assert ["mam,", "shared", "30,612,289", "1.1373x", "4.578%", f"{NORMS + DEPLOYED:,}"] in lines
+    assert process.returncode == 0 and ["task.task", "2", "49", "x", "768", "37,632"] in lines
+    process = run_cli("hyperpelt.py", "--model", "t5-bas")
+    assert process.returncode == 2 and re.fullmatch("error: .*t5-bas.*\n", process.stderr)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(method="lora"), "method: found 'lora', expected one of hyperpelt, hyperprefix"),
+    (dict(prefix_blocks=(DECODER_SELF, "decoder FFN")), "prefix_blocks: found 'decoder FFN'"),
+    (dict(method="mam", **IMAGES), "method mam with vision both lets no image in"),
+    (dict(method="hyperadapter", vision="prefix", **IMAGES), "lets no image in"),
+])
+def test_a_wrong_choice_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(**changes)

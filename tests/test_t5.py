@@ -320,16 +320,15 @@ def test_files_that_are_no_tokenizer(tmp_path):
 
 def test_public_sizes():
     """The numbers of parameters of the published checkpoints."""
-    counts = {"t5-small": 60_506_624, "google-t5/t5-base": 222_903_552, "t5-large": 737_668_096,
-              "t5-3b": 2_851_598_336, "google/flan-t5-small": 76_961_152,
-              "google/flan-t5-base": 247_577_856, "google/t5-v1_1-large": 783_150_080}
-    for name, count in counts.items():
+    flan = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    cases = [(222_903_552, T5Config()), (60_506_624, T5Config(512, 64, 2048, 6, 8)),
+             (2_851_598_336, T5Config(1024, 128, 16384, 24, 32)),
+             (76_961_152, T5Config(512, 64, 1024, 8, 6, **flan)),
+             (783_150_080, T5Config(1024, 64, 2816, 24, 16, **flan))]
+    for count, config in cases:
         with torch.device("meta"):
-            model = T5(T5Config.from_name(name))
-        assert sum(parameter.numel() for parameter in model.parameters()) == count, name
-    assert len({name: T5Config.from_name(name) for name in t5.NAMES}) == 15
-    with pytest.raises(ValueError, match="t5-bse"):
-        T5Config.from_name("t5-bse")
+            model = T5(config)
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 GOOD = dict(d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4)
@@ -515,7 +514,7 @@ def test_downloads_that_fail(hub, monkeypatch):
     refused(FileNotFoundError, "org/tiny", "org/tiny/resolve/main: found no weights")
     refused(FileNotFoundError, "org/missing", "org/missing/resolve/main/config.json")
     refused(FileNotFoundError, "t5-small", "google-t5/t5-small/resolve/main/config.json")
-    refused(FileNotFoundError, "t5-bse", "'t5-bse' is neither.*google/flan-t5-small")
+    refused(FileNotFoundError, "flan-small", "'flan-small': no such folder.*google/flan-t5-small")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     refused(OSError, "org/new", "^http://127.0.0.1:9/org/new/resolve/main/config.json: .*refused")
 
