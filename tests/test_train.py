@@ -1,325 +1,575 @@
-"""The command line in subprocesses, at tiny size, on made-up rows: what a user does and what a user gets wrong."""
-import importlib.util
+"""train.py on a few examples. Most runs take place in this process, which saves the imports."""
+import contextlib
+import errno
+import io
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
+import statistics
 import sys
-import time
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import SAMPLE, run_cli
 from safetensors.torch import load_file, save_file
 
 import data
-import train as train_module
-from hyperpelt import METHODS, HyperPELT, HyperPELTConfig
-from t5 import T5, Tokenizer
-from conftest import ROOT, execute, make_checkpoint, read_json, run
+import train
+from t5 import T5
 
-TINY = ["--prefix-length", 5, "--embedding-dim", 12, "--hyper-dim", 6, "--bottleneck", 4, "--batch-size", 8, "--precision", "fp32"]
-
-RUN = ["--steps", 40, "--eval-every", 10, "--lr", 0.02, "--warmup-steps", 4, "--schedule", "constant"]
-
-
-def command(checkpoint, glue, out, *more, task="rte"):
-    return ["train.py", "--task", task, "--model", checkpoint, "--data-dir", glue, "--out", out, *TINY, *more]
+SIZES = ["prefix_length=5", "embedding_dim=12", "hyper_dim=6", "bottleneck=4"]
+OPTIONS = ["--max-steps", 12, "--eval-every", 4, "--batch-size", 8, "--lr", 0.02,
+           "--warmup-steps", 0, "--dtype", "float32", "--set", *SIZES]
+SHORT = ["--max-steps", 2, "--eval-every", 2]
+ANSWERS = ["cat", "dog", "bird", "fish"]
 
 
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+# ---- data and runs -------------------------------------------------------------------------------
+
+def write_images(folder, subset, count, **about):
+    """Features as clip_features.py writes them. Image i shows answer i % 4."""
+    folder.mkdir(exist_ok=True)
+    features = np.random.default_rng(count).normal(0, 0.1, (count, 5, 6))
+    features += 2 * np.eye(4, 6)[np.arange(count) % 4][:, None]
+    np.save(folder / f"{subset}.npy", features.astype(np.float16))
+    content = {"ids": [*range(count)], "kind": "", "weights": "0", "preprocessing": {}, **about}
+    (folder / f"{subset}.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, glue, tmp_path_factory):
-    """A run of 40 steps, never interrupted."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    stdout, _ = run(*command(checkpoint, glue, out, *RUN))
-    return out, stdout
+def folder(tmp_path_factory):
+    """The first 41 training examples of the sample's rte and sst2, made-up ones of stsb and vqa."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("RTE", "SST-2", "STS-B", "VQAv2"):
+        (folder / name).mkdir()
+    for file, count in (("train.tsv", 42), ("dev.tsv", 17)):
+        for task in ("RTE", "SST-2"):
+            lines = (SAMPLE / "glue" / task / file).read_text().splitlines()
+            (folder / task / file).write_text("\n".join(lines[:count]))
+        lines = [f"a dog eats\t{'a cat ' * (i % 3)}\t{i % 6}" for i in range(count)]
+        (folder / "STS-B" / file).write_text("\n".join(["sentence1\tsentence2\tscore", *lines]))
+    for task in ("RTE", "STS-B"):
+        (folder / task / "test.tsv").write_text("index\tsentence1\tsentence2\n7\ta\tb\n9\tc\td")
+    for subset, count in (("train2014", 17), ("val2014", 8)):
+        write_images(folder / "features", subset, count)
+        questions = [{"image_id": i, "question_id": 10 * i, "question": "what"}
+                     for i in range(count)]
+        annotations = [{"question_id": 10 * i, "answer_type": "other",
+                        "answers": [{"answer": ANSWERS[i % 4]}] * 10} for i in range(count)]
+        path = folder / "VQAv2" / f"v2_OpenEnded_mscoco_{subset}_questions.json"
+        path.write_text(json.dumps({"questions": questions}))
+        path = folder / "VQAv2" / f"v2_mscoco_{subset}_annotations.json"
+        path.write_text(json.dumps({"annotations": annotations}))
+    return folder
 
 
-def test_a_run_and_its_folder(finished):
-    out, stdout = finished
-    assert sorted(p.name for p in out.iterdir() if p.suffix != ".png") == ["best.safetensors", "config.json", "last.safetensors", "log.jsonl", "metrics.json"]
-    metrics, log, config = read_json(out / "metrics.json"), log_of(out), read_json(out / "config.json")
-    steps = [row for row in log if "loss" in row]
-    assert [row["step"] for row in steps] == [10, 20, 30, 40] and steps[3]["loss"] < steps[0]["loss"]
-    assert set(steps[0]) == {"step", "task", "loss", "accuracy", "lr", "examples_per_s", "peak_memory_mb"} and steps[0]["lr"] == 0.02
-    started, ended = ((out / name).stat().st_mtime for name in ("config.json", "metrics.json"))
-    rows_of_a_step = 43 / 6                                                  # an epoch: five batches of 8 and one of 3
-    assert 0 < sum(10 * rows_of_a_step / row["examples_per_s"] for row in steps) < 1.05 * (ended - started)
-    evaluations = {row["step"]: row["validation"]["rte"]["validation"]["accuracy"] for row in log if "validation" in row}
-    assert list(evaluations) == [10, 20, 30, 40]
-    best = max(evaluations.values())
-    assert metrics["best_step"] == min(step for step, value in evaluations.items() if value == best)
-    assert metrics["rte"]["validation"]["accuracy"] == best and 0 <= metrics["rte"]["test"]["accuracy"] <= 1
-    names = set(load_file(out / "best.safetensors"))
-    assert {n for n in names if not n.startswith("t5.")} and all("norm" in n for n in names if n.startswith("t5."))
-    trained = sum(t.numel() for t in load_file(out / "best.safetensors").values())
-    assert config["trained_parameters"] == trained and config["fingerprints"]["device"] == "cpu" and f"{trained:,} trained parameters" in stdout
-    assert "\r" not in stdout                                    # no progress bar where the output is no terminal
+def command(folder, task, run, *more):
+    protocol = "official" if "vqa" in task else "paper"
+    return ["--task", task, "--data-dir", folder, "--features", folder / "features",
+            "--protocol", protocol, "--run", run, *OPTIONS, *more]
 
 
-def test_same_seed_same_bytes(finished, checkpoint, glue, tmp_path):
-    out, _ = finished
-    run(*command(checkpoint, glue, tmp_path / "run", *RUN))
-    for name in ("best.safetensors", "last.safetensors"):
-        assert (out / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
-    run(*command(checkpoint, glue, tmp_path / "other", *RUN, "--seed", 1))
-    assert (out / "best.safetensors").read_bytes() != (tmp_path / "other" / "best.safetensors").read_bytes()
+def call(*arguments):
+    """Run the main function of train.py in this process -> what it prints."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments = ["train.py", *map(str, arguments)]
+    try:
+        with (mock.patch.object(sys, "argv", arguments),
+              contextlib.redirect_stdout(io.StringIO()) as printed):
+            train.main()
+    finally:
+        train.stop_signals.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return printed.getvalue()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_and_resume_exactly(number, finished, checkpoint, glue, tmp_path):
-    """Stopped by a signal at any step and resumed, a run ends with the bytes and the log of one never stopped."""
-    out = tmp_path / "run"
-    arguments = command(checkpoint, glue, out, *RUN)
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not ((out / "log.jsonl").exists() and len(log_of(out)) >= 1) and process.poll() is None:
-        time.sleep(0.001)                                        # the row of step 10 is in the log
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "--resume" in stderr and "Traceback" not in stderr
-    assert 10 <= int(re.search(r"stopped at step (\d+)", stderr)[1]) < 40
-    stdout, _ = run("train.py", "--out", out, "--resume")
-    assert "resumed at step" in stdout
-    for name in ("best.safetensors", "last.safetensors", "metrics.json"):
-        assert (out / name).read_bytes() == (finished[0] / name).read_bytes(), name
-    timeless = lambda rows: [{k: v for k, v in row.items() if k not in ("examples_per_s", "peak_memory_mb")} for row in rows]
-    assert timeless(log_of(out)) == timeless(log_of(finished[0]))
+def end_of(*arguments):
+    """-> exit code and standard error of a command that does not succeed."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as end:
+        data.run(lambda: call(*arguments))
+    return end.value.code, errors.getvalue()
 
 
-def test_resume_from_an_older_checkpoint(finished, checkpoint, glue, tmp_path):
-    """A run killed after its checkpoint of step 20: log rows after it are dropped, and all is repeated exactly."""
-    out = tmp_path / "run"
-    arguments = command(checkpoint, glue, out, *RUN)
-    killer = ("import os, train, data; old = train.save_last\n"
-              "def save(path, model, optimiser, progress):\n"
-              "    if progress['step'] == 30: os._exit(9)\n"
-              "    old(path, model, optimiser, progress)\n"
-              "train.save_last = save; data.run(train.main)")
-    assert execute("-c", killer, *arguments[1:]).returncode == 9 and log_of(out)[-1]["step"] == 30
-    run("train.py", "--out", out, "--resume")
-    for name in ("best.safetensors", "last.safetensors", "metrics.json"):
-        assert (out / name).read_bytes() == (finished[0] / name).read_bytes(), name
-    assert [row["step"] for row in log_of(out)] == [row["step"] for row in log_of(finished[0])]
+def refusal(*arguments):
+    """-> the one line in which a command ends, with exit code 2."""
+    code, errors = end_of(*arguments)
+    assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+    return errors
 
 
-def test_eval_only_and_predict(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished[0], out)
-    before = read_json(out / "metrics.json")
-    (out / "metrics.json").unlink()
-    run("train.py", "--out", out, "--eval-only")
-    assert read_json(out / "metrics.json") == before
-    for split, file, count in (("submission", "RTE.tsv", 6), ("validation", "RTE-validation.tsv", 10)):
-        run("train.py", "--out", out, "--predict", split)
-        lines = (out / file).read_text().splitlines()
-        assert lines[0] == "index\tprediction" and len(lines) == count + 1
-        assert all(line.split("\t")[1] in ("entailment", "not_entailment") for line in lines[1:])
-    predicted = {line.split("\t")[0]: line.split("\t")[1] for line in lines[1:]}
-    gold = {e.index: e.gold for e in data.make_splits(data.TASKS["rte"], read_json(out / "config.json")["settings"]["data_dir"])["validation"]}
-    assert predicted.keys() == gold.keys()
+def load(run):
+    """A trained run -> train.Run with the weights of its best checkpoint, in eval mode."""
+    loaded = train.load_run(train.read_settings(["--run", str(run), "--eval-only"]))
+    train.load_best(loaded)
+    loaded.model.eval()
+    return loaded
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "hyperpelt"])
-def test_every_method_trains(method, checkpoint, glue, tmp_path):
-    run(*command(checkpoint, glue, tmp_path / "run", "--method", method, "--steps", 12, "--eval-every", 12, "--lr", 0.01,
-                 "--schedule", "linear", "--label-smoothing", 0.1, "--warmup-steps", 2, "--split", "official"))
-    log, metrics = log_of(tmp_path / "run"), read_json(tmp_path / "run" / "metrics.json")
-    assert math.isfinite(log[0]["loss"]) and set(metrics["rte"]) == {"validation"}
-    assert log[0]["lr"] == pytest.approx(0.01 * (12 - 9) / (12 - 2))          # the tenth step of a linear schedule
+@pytest.fixture(scope="module")
+def text(folder, tmp_path_factory):
+    """A run on two text tasks, made by the command line."""
+    run = tmp_path_factory.mktemp("text") / "run"
+    done = run_cli("train.py", *command(folder, "rte,stsb", run))
+    assert done.returncode == 0, done.stderr
+    (run / "printed").write_text(done.stdout + done.stderr)
+    return run
 
 
-def test_two_tasks_in_one_run(checkpoint, glue, tmp_path):
-    run(*command(checkpoint, glue, tmp_path / "run", "--epochs", 2, "--precision", "bf16", task="rte,stsb"))
-    metrics = read_json(tmp_path / "run" / "metrics.json")
-    assert set(metrics["rte"]["test"]) == {"accuracy"} and set(metrics["stsb"]["test"]) == {"pearson", "spearman"}
-    assert len(load_file(tmp_path / "run" / "best.safetensors")["hyper_embedding.task"]) == 2
+@pytest.fixture(scope="module")
+def image(folder, tmp_path_factory):
+    """A run on a task with images and one without."""
+    run = tmp_path_factory.mktemp("image") / "run"
+    call(*command(folder, "vqa,rte", run))
+    return run
 
 
-def test_batches_are_a_function_of_seed_and_step():
-    """Single task: each row once an epoch. Several: one task a batch, in the proportions of n^(1/T)."""
-    class Settings:
-        batch_size, steps, epochs, temperature, seed = 4, 0, 2.0, 10.0, 0
-    rows = {"a": {"train": [data.Row(np.array([i, 1]), [np.array([1])], np.ones(1)) for i in range(10, 30)]}}
-    steps, batch = train_module.make_batches(rows, Settings)
-    assert steps == 10
-    seen = torch.cat([batch(step).input_ids[:, 0] for step in range(5)])
-    assert sorted(seen.tolist()) == list(range(10, 30))
-    again = torch.cat([train_module.make_batches(rows, Settings)[1](step).input_ids[:, 0] for step in range(5)])
-    assert torch.equal(seen, again)
-    counts = dict(cola=8551, sst2=66349, mrpc=3668, qqp=362846, stsb=5749, mnli=391702, qnli=103743, rte=2490)
-    expected = dict(cola=.109, sst2=.134, mrpc=.100, qqp=.158, stsb=.105, mnli=.159, qnli=.140, rte=.096)
-    one = data.Row(np.array([5, 1]), [np.array([1])], np.ones(1))
-    Settings.steps = 20_000
-    steps, batch = train_module.make_batches({name: {"train": [one] * count} for name, count in counts.items()}, Settings)
-    drawn = [batch(step).task for step in range(0, 20_000, 10)]
-    for name, share in expected.items():
-        assert abs(drawn.count(name) / len(drawn) - share) < 4 * math.sqrt(share / len(drawn))
+def read(path):
+    return json.loads(path.read_text())
 
 
-# ---------------------------------------------------------------------------------------------------- user's mistakes
-
-def test_resume_of_another_run_is_refused(finished, checkpoint, glue, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished[0], out)
-    _, error = run("train.py", "--out", out, "--resume", "--lr", 0.5, "--bottleneck", 9, ok=False)
-    assert "--lr was 0.02, is 0.5" in error and "--bottleneck was 4, is 9" in error
-    assert "holds a run already" in run(*command(checkpoint, glue, out), ok=False)[1]
-    changed = tmp_path / "glue"
-    shutil.copytree(glue, changed)
-    (changed / "RTE" / "train.tsv").write_text((glue / "RTE" / "train.tsv").read_text().replace("cat", "dog"))
-    assert "another data" in run("train.py", "--out", out, "--resume", "--data-dir", changed, ok=False)[1]
-    other = tmp_path / "checkpoint"
-    shutil.copytree(checkpoint, other)
-    tensors = load_file(other / "model.safetensors")
-    save_file(tensors | {"shared.weight": tensors["shared.weight"] + 1}, other / "model.safetensors")
-    assert "another backbone" in run("train.py", "--out", out, "--resume", "--model", other, ok=False)[1]
-    assert "no such file" in run("train.py", "--out", tmp_path / "none", "--resume", ok=False)[1]
+def read_log(run, key):
+    """-> (step, value) of each row of log.jsonl that has a key."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in rows if key in row]
 
 
-def test_damaged_checkpoints(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished[0], out)
-    whole = (out / "best.safetensors").read_bytes()
-    (out / "best.safetensors").write_bytes(whole[:-100])
-    assert "not a whole safetensors file" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
-    tensors = load_file(finished[0] / "best.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != "hyper_embedding.task"}, out / "best.safetensors")
-    assert "tensor hyper_embedding.task is missing" in run("train.py", "--out", out, "--predict", "test", ok=False)[1]
-    save_file(tensors | {"hyper_embedding.task": torch.zeros(1, 5, 11)}, out / "best.safetensors")
-    assert "has shape [1, 5, 11], expected [1, 5, 12]" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
-    save_file(tensors, out / "best.safetensors")
-    assert "metadata: hyperpelt: found None, expected an object with step" in run("train.py", "--out", out, "--eval-only", ok=False)[1]
-    state = load_file(out / "last.safetensors")
-    progress = {"hyperpelt": json.dumps(dict(step=40, evaluated=40, best_step=10, best=0.5, right=0, seen=0))}
-    for wrong in (dict(step=40, evaluated=40, best_step=10, best=0.5, right=0), dict(step=40, evaluated=40, best_step="10", best=0.5, right=0, seen=0), [40]):
-        save_file(state, out / "last.safetensors", {"hyperpelt": json.dumps(wrong)})
-        assert f"metadata: hyperpelt: found {str(wrong)[:40]}, expected an object with step, evaluated, best_step, best, right, seen" in \
-            run("train.py", "--out", out, "--resume", ok=False)[1]
-    save_file(state | {"generator.cpu": torch.zeros_like(state["generator.cpu"])}, out / "last.safetensors", progress)
-    assert "tensor generator" in run("train.py", "--out", out, "--resume", ok=False)[1]
-    for text, words in (("[]", "expected a JSON object"), ('{"settings": null}', "settings holds None"), ("{", "not JSON"),
-                        ('{"settings": {"lr": "x"}}', "expected")):
-        (out / "config.json").write_text(text)
-        assert words in run("train.py", "--out", out, "--resume", ok=False)[1]
-    shutil.copy(finished[0] / "config.json", out)
-    (out / "last.safetensors").unlink()
-    assert "last.safetensors: no such file" in run("train.py", "--out", out, "--resume", ok=False)[1]
+def last_weights(run):
+    return torch.load(run / "last.pt", weights_only=True)["trained"]
 
 
-def test_wrong_command_lines(checkpoint, glue, tmp_path, monkeypatch):
-    base = command(checkpoint, glue, tmp_path / "run")
-    for more, word in ((["--method", "lora"], "lora"), (["--steps", "-1"], "int from 1 to"), (["--lr", "x"], "--lr"), (["--nonsense"], "--nonsense"),
-                       (["--epochs", "0"], "--epochs"), (["--temperature", "nan"], "--temperature"), (["--seed", 2**70], "--seed"),
-                       (["--predict", "test"], "config.json: no such file"), (["--resume"], "config.json: no such file")):
-        monkeypatch.setattr(sys, "argv", [*map(str, base + more)])
-        with pytest.raises(data.UserError, match=word):
-            train_module.complete_settings(train_module.parse_arguments())
-    for more, word in ((["--task", "rtf"], "'rtf' is unknown"), (["--model", "t5-bse"], "'t5-bse' is neither"), (["--data-dir", tmp_path], "no such folder"),
-                       (["--batch-size", "0"], "int from 1 to")):
-        assert word in run(*base, *more, ok=False)[1]
-    assert not (tmp_path / "run").exists()
-    broken = shutil.copytree(checkpoint, tmp_path / "broken")
-    (broken / "spiece.model").unlink()
-    assert "spiece.model: no such file" in run(*base, "--model", broken, ok=False)[1]
-    tokens = shutil.copytree(checkpoint, tmp_path / "tokens")
-    make_checkpoint(tokens, vocab_size=100)
-    assert "vocab_size 100" in run(*base, "--model", tokens, ok=False)[1]
-    help_text = " ".join(run("train.py", "--help")[0].split())
-    assert all(f"--{name}" in help_text for name, *_ in train_module.OPTIONS) and help_text.count("(default: ") == len(train_module.OPTIONS)
+def assert_same(run, expected):
+    for name in ("best.safetensors", "metrics.json"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+    for key in ("loss", "task", "validation"):
+        assert read_log(run, key) == read_log(expected, key)
+    last = last_weights(expected)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in last_weights(run).items())
 
 
-def test_divergence_stops_the_run(checkpoint, glue, tmp_path):
-    _, error = run(*command(checkpoint, glue, tmp_path / "run", "--steps", 50, "--lr", 1e8, "--warmup-steps", 0), ok=False)
-    assert re.search(r"step \d+, task rte, training rows (\d+, ){5}... \(from 0\): loss .* diverged", error)
-    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run" / "last.safetensors").values())
+def test_a_run_and_its_folder(text):
+    assert (text / "curves.png").read_bytes().startswith(b"\x89PNG")
+    means, metrics = dict(read_log(text, "mean")), read(text / "metrics.json")
+    assert list(means) == [4, 8, 12]
+    assert metrics["mean"]["validation"] == max(means.values())
+    assert read_log(text, "lr") == [(10, pytest.approx(0.02 * 3 / 12))]
+    # Checkpoints hold nothing that is frozen.
+    best, printed = load_file(text / "best.safetensors"), (text / "printed").read_text()
+    assert all("norm" in name for name in best if name.startswith("t5."))
+    count = sum(tensor.numel() for tensor in best.values())
+    assert read(text / "config.json")["trained_parameters"] == count
+    assert f"{count:,} trained parameters" in printed
+    # A progress bar would return the carriage.
+    assert "\r" not in printed
 
 
-def test_one_generation_for_a_whole_evaluation(checkpoint, monkeypatch):
-    """The hypernetworks run once for an evaluation of several batches, each of several decoding steps."""
-    model = HyperPELT(T5.from_pretrained(checkpoint), ["rte"], HyperPELTConfig(prefix_length=3, embedding_dim=8, hyper_dim=4, bottleneck=2))
+def test_without_options_the_sample_is_trained(tmp_path, monkeypatch):
+    """Here on two examples of each split."""
+    monkeypatch.chdir(tmp_path)
+    splits = data.make_splits(data.TASKS["rte"], SAMPLE)
+    few = {split: examples[:2] for split, examples in splits.items()}
+    monkeypatch.setattr(data, "make_splits", lambda task, folder, protocol: few)
+    assert f"mini-t5 (7.1 M parameters), data in {SAMPLE}\nrte: train 2" in call()
+    assert (tmp_path / "runs" / "rte-hyperpelt" / "metrics.json").exists()
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+def interrupt(*values):
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate(*values):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def kill(*values):
+    # Nothing in train.py catches this exception, so it leaves behind what SIGKILL would.
+    raise SystemExit
+
+
+def fill_disk(*values):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def diverge(parameters):
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, math.nan)
+
+
+# A function, the number of the call before which something happens, what, exit code, message.
+INTERRUPTIONS = [
+    ("train.learning_rate", 3, interrupt, 130, "stopped at step 3; go on with: .*--resume"),
+    ("train.learning_rate", 2, kill, None, ""),
+    ("train.generate_outputs", 2, terminate, 143, "stopped in an evaluation; go on with: "),
+    ("data.write_file", 2, fill_disk, 2, "^error: .*No space left on device.*\n$"),
+    ("train.sum_gradients", 1, diverge, 2, "^error: .*step 8: loss .* diverged.*--lr\n$"),
+    # The second file that is renamed is best.safetensors.
+    ("os.replace", 2, kill, None, ""),
+    # Two kills in one evaluation: the second one finds a log that was cut off.
+    ("train.generate_outputs", 1, kill, None, ""),
+    ("train.generate_outputs", 1, kill, None, ""),
+]
+
+
+def strike(original, number, event):
+    """-> the function with something that happens before one of its calls."""
     calls = []
-    model.prefix_hypernetwork.register_forward_hook(lambda *args: calls.append("prefix"))
-    model.adapter_hypernetwork.register_forward_hook(lambda *args: calls.append("adapter"))
-    rows = [data.Row(np.array([5, 6, 7, 1]), [np.array([1])], np.ones(1))] * (2 * train_module.EVAL_BATCH + 1)
-    texts = train_module.answer(model, Tokenizer.from_pretrained(checkpoint), data.TASKS["rte"], rows, [])
-    assert calls == ["prefix", "adapter"] and len(texts) == len(rows) and len(set(texts)) == 1
+
+    def struck(*values):
+        calls.append(values)
+        if len(calls) == number:
+            event(*values)
+        return original(*values)
+
+    return struck
 
 
-def test_longest_answer(checkpoint, monkeypatch):
-    """No more tokens are asked for than the longest right answer has, and one that ends it; captions are searched for with five beams."""
-    tokenizer, asked = Tokenizer.from_pretrained(checkpoint), []
-    model = HyperPELT(T5.from_pretrained(checkpoint), ["rte", "stsb", "vqa", "caption", "snlive"], HyperPELTConfig(prefix_length=3, embedding_dim=8, hyper_dim=4, bottleneck=2))
-    monkeypatch.setattr(model.t5, "generate", lambda ids, max_new_tokens, num_beams, sites: asked.append((max_new_tokens, num_beams)) or ids)
-    for name in model.tasks:
-        train_module.answer(model, tokenizer, data.find_task(name), [data.Row(np.array([5, 1]), [np.array([1])], np.ones(1))], [])
-    tokens = lambda *words: max(len(tokenizer.encode(word)) for word in words)
-    scores = [f"{i / 5:.1f}" for i in range(26)]
-    assert scores[0] == "0.0" and scores[18] == "3.6" and scores[-1] == "5.0"
-    assert asked == [(tokens("entailment", "not_entailment"), 1), (tokens(*scores), 1), (10, 1), (40, 5), (tokens("entailment", "neutral", "contradiction"), 1)]
+@pytest.mark.parametrize("kind, task, interruptions", [
+    ("text", "rte,stsb", INTERRUPTIONS), ("image", "vqa,rte", INTERRUPTIONS[:2])])
+def test_interruptions_change_nothing(kind, task, interruptions, folder, request, tmp_path):
+    arguments = command(folder, task, tmp_path / "run")
+    for target, number, event, code, message in interruptions:
+        module, name = target.split(".")
+        original = getattr(sys.modules[module], name)
+        with mock.patch(target, strike(original, number, event)):
+            found, errors = end_of(*arguments)
+        assert found == code and re.search(message, errors), target
+        arguments = ["--run", tmp_path / "run", "--resume"]
+    assert "resumed at step" in call(*arguments)
+    assert_same(tmp_path / "run", request.getfixturevalue(kind))
 
 
-def test_right_rows_are_counted():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randint(0, 3, (200, 3, 4), generator=generator).float() + torch.rand(200, 3, 4, generator=generator) / 2
-    labels = torch.randint(0, 4, (200, 3), generator=generator)
-    labels[::2, 2] = -100
-    expected = sum(all(row[t].argmax() == label for t, label in enumerate(wanted) if label != -100) for row, wanted in zip(logits, labels))
-    assert 0 < expected < 200 and train_module.count_right(logits, labels).item() == expected
+def test_an_interrupt_during_the_imports_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 2)\n" * 2)
+    done = run_cli("train.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
-def test_peak_memory(monkeypatch):
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert train_module.peak_memory_mb() == pytest.approx(kilobytes / 1024, abs=1)
-    monkeypatch.setattr(sys, "platform", "darwin")                           # counts bytes
-    assert train_module.peak_memory_mb() == pytest.approx(kilobytes / 1024**2, abs=1)
+# ---- what may not be overwritten or mixed up -----------------------------------------------------
+
+def test_a_finished_run_stays_as_it_is_wherever_it_lies(text, folder, tmp_path):
+    assert "holds a run already; --resume" in refusal(*command(folder, "rte", text))
+    run = shutil.copytree(text, tmp_path / "run")
+    model = shutil.copytree(SAMPLE / "mini-t5", tmp_path / "model")
+    moved = shutil.copytree(folder, tmp_path / "data")
+    (run / "metrics.json").unlink()
+    call("--run", run, "--eval-only", "--model", model, "--data-dir", moved)
+    assert_same(run, text)
+    assert "resumed at step 12 of 12" in call("--run", run, "--resume")
+    assert_same(run, text)
 
 
-def test_torn_log(tmp_path):
-    """What a crash leaves at the end of log.jsonl is dropped with the rows after the checkpoint."""
-    log = tmp_path / "log.jsonl"
-    log.write_bytes(b'{"step": 5}\n{"step": 10}\n{"step": 15}\n{"ste')
-    assert train_module.read_log(log, 10) == ['{"step": 5}', '{"step": 10}'] and len(train_module.read_log(log, 99)) == 3
-    log.write_bytes(b'{"step": 5}\n\xff\xfe')
-    assert train_module.read_log(log, 99) == ['{"step": 5}'] and train_module.read_log(tmp_path / "none", 9) == []
+def test_other_data_features_or_backbone_are_refused(text, image, folder, checkpoint, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "data")
+    np.save(moved / "features" / "val2014.npy", -np.load(moved / "features" / "val2014.npy"))
+    header, first, *rows = (moved / "RTE" / "dev.tsv").read_text().splitlines()
+    (moved / "RTE" / "dev.tsv").write_text("\n".join([header, *rows, first]))
+    error = refusal("--run", text, "--eval-only", "--data-dir", moved)
+    assert re.search(r"data was \w{16}, is \w{16}", error) and "backbone" not in error
+    for more in (["--resume"], ["--ask", "a", "b"]):
+        error = refusal("--run", text, *more, "--model", checkpoint)
+        assert re.search(r"backbone was \w{16}, is \w{16}", error) and "tokenizer" not in error
+    for more in (["--resume"], ["--predict", "validation"]):
+        error = refusal("--run", image, *more, "--features", moved / "features")
+        assert re.search(r"features was \w{16}, is \w{16}", error)
+    arguments = command(moved, "vqa", tmp_path / "run")
+    write_images(moved / "features", "val2014", 8, weights="9")
+    assert "val2014.npy: found features of {'kind': '', 'weights': '9'" in refusal(*arguments)
+    write_images(moved / "features", "val2014", 6)
+    assert "val2014.npy: 2 of 8 images have no features, such as 6, 7" in refusal(*arguments)
 
 
-def test_mnli_from_files_to_two_submissions(checkpoint, tmp_path):
-    """Matched and mismatched sets are scored apart, and GLUE wants a file for each."""
-    (tmp_path / "MNLI").mkdir()
-    for name in ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched"):
-        labelled = not name.startswith("test")
-        lines = ["index\tsentence1\tsentence2" + "\tgold_label" * labelled]
-        lines += [f"{i}\tthe cat\ta dog" + "\tneutral" * labelled for i in range(6)]
-        (tmp_path / "MNLI" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    out = tmp_path / "run"
-    run(*command(checkpoint, tmp_path, out, "--steps", 2, task="mnli"))
-    assert list(read_json(out / "metrics.json")["mnli"]) == list(read_json(out / "metrics.json")["majority"]["mnli"]) == ["validation", "mismatched", "test"]
-    run("train.py", "--out", out, "--predict", "submission")
-    assert all(len((out / f"MNLI-{part}.tsv").read_text().splitlines()) == 7 for part in ("m", "mm"))
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
 
 
-def test_tour(finished, tmp_path):
-    """The tour of a trained run: shapes from the run's sizes, shares of attention that are shares, the answer as --eval-only has it."""
-    out, _ = run("hyperpelt.py", "--tour", finished[0])
-    assert "[10, 5, 6]" not in out and "[12, 5, 6]" in out and "[3, 5, 16], [3, 5, 16]: heads, N, d_kv" in out and "[4, 32], [4], [32, 4], [32]" in out
-    shares = [float(x) for line in out.split("eq. (3)")[1].split("eq. (4)")[0].splitlines() if "attention  " in line for x in re.findall(r"\d\.\d{3}", line)]
-    assert len(shares) == 3 + 2 + 2 and all(0 < share < 1 for share in shares)
-    first = data.make_splits(data.TASKS["rte"], read_json(finished[0] / "config.json")["settings"]["data_dir"])["validation"][0]
-    assert first.source in out and f"should be: {first.target}" in out
-    if importlib.util.find_spec("matplotlib"):
-        assert (finished[0] / "tour.png").read_bytes()[1:4] == b"PNG" and f"drawn: {finished[0]}/tour.png" in out
-    after = out.split("after: ")[1].strip()
-    shutil.copytree(finished[0], tmp_path / "run")
-    run("train.py", "--out", tmp_path / "run", "--predict", "validation")
-    predicted = dict(line.split("\t") for line in (tmp_path / "run" / "RTE-validation.tsv").read_text().splitlines())[first.index]
-    assert after == predicted or after not in ("entailment", "not_entailment")      # a submission has the first label for what is none
-    assert "this trains one" in run("hyperpelt.py", "--tour", tmp_path / "none", ok=False)[1]
+def edit_architecture(path):
+    """Exercises change defaults of HyperPELTConfig. A run knows those that it was made with."""
+    path.write_text(path.read_text().replace('"decoder cross-attention"', '"encoder FFN"'))
+
+
+@pytest.mark.parametrize("name, damage, more, words", [
+    ("best.safetensors", cut, "--eval-only", ""),
+    ("best.safetensors", lambda path: save_file({}, path), "--eval-only", "missing"),
+    ("best.safetensors", os.remove, "--eval-only", "No such file"),
+    ("last.pt", cut, "--resume", ""),
+    ("last.pt", lambda path: path.write_bytes(b"text"), "--resume", ""),
+    ("config.json", cut, "--resume", "not JSON"),
+    ("config.json", edit_architecture, "--resume", "this is another run: prefix_blocks was ["),
+    ("config.json", edit_architecture, "--export", "this is another run: prefix_blocks was ["),
+])
+def test_damaged_files_are_named_in_one_line(name, damage, more, words, text, tmp_path):
+    run = shutil.copytree(text, tmp_path / "run")
+    damage(run / name)
+    error = refusal("--run", run, more, *["exported"] * (more == "--export"))
+    assert f"{run / name}: " in error and words in error
+
+
+@pytest.mark.parametrize("kind, more, words", [
+    ("text", ["--resume", "--lr", 0.5, "--seed", 3], "lr was 0.02, is 0.5; seed was 0, is 3"),
+    ("text", ["--eval-only", "--protocol", "official"], "protocol was paper, is official"),
+    ("text", ["--ask", "a", "b", "--set", *SIZES[:3]], "bottleneck was 4, is 24"),
+    ("text", ["--ask", "a dog"], "--ask: found 1 texts, rte takes: sentence1; sentence2"),
+    ("image", ["--ask", "what", "is", "it"], "vqa takes: question; image, as SET:ID"),
+    ("image", ["--ask", "what", "val2014:99"], "no features, such as"),
+    ("image", ["--ask", "what", "nowhere:5"], "nowhere"),
+    ("image", ["--ask", "what", "5"], "SET:ID"),
+    ("image", ["--predict", "test"], "--predict test: vqa has train, validation"),
+    ("new", ["--task", "rtf"], "task 'rtf' is unknown; the known ones are cola"),
+    ("new", ["--data-dir", "/nowhere"], "/nowhere/RTE: no such folder"),
+    ("new", ["--model", "/nowhere"], "/nowhere"),
+    ("new", ["--set", "prefix=3"], "--set prefix=3"),
+    ("new", ["--set", "prefix_length=many"], "--set prefix_length=many: invalid literal"),
+    ("new", ["--set", "sharing=all"], "sharing: found 'all', expected one of default, shared"),
+    ("new", ["--resume"], "config.json: no such file"),
+    ("new", ["--download", "--data-dir", SAMPLE], "--download: nothing is fetched into"),
+    ("new", ["--task", "vqa", "--method", "norms"], "lets no image in"),
+    ("new", ["--task", "vqa", "--set", "prefix_length=7"], "found 5 grid cells, expected 7"),
+    ("new", ["--task", "vqa", "--features", "/nowhere"], "/nowhere/train2014.npy: No such file"),
+    ("new", ["--task", "sst2", "--init-from", "TEXT"], "--init-task: found nothing, expected"),
+    ("new", ["--init-from", "TEXT", "--method", "mam"], "method was hyperpelt, is mam"),
+    ("new", ["--table", "/nowhere"], "/nowhere"),
+])
+def test_mistakes_end_in_one_line(kind, more, words, text, image, folder, tmp_path):
+    arguments = {"new": command(folder, "rte", tmp_path, "--protocol", "official"),
+                 "text": ["--run", text], "image": ["--run", image]}
+    more = [text if argument == "TEXT" else argument for argument in more]
+    assert words in refusal(*arguments[kind], *more)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+def batches_of(splits, steps=10, temperature=2.0, seed=0):
+    """{task: training examples} -> Batches. Tokens are letters, and every text ends with 1."""
+    run = SimpleNamespace(device="cpu", encode=lambda text: [*map(ord, text), 1])
+    run.args = SimpleNamespace(batch_size=8, max_steps=steps, epochs=1, seed=seed,
+                               task_temperature=temperature, max_source_length=999)
+    run.tasks = run.splits = {name: {"train": examples} for name, examples in splits.items()}
+    return train.Batches(run)
+
+
+def examples_of(texts):
+    return [data.Example((text,), "b", None, "") for text in texts]
+
+
+def rows_of(batch):
+    """-> the texts of a batch, without their padding."""
+    return ["".join(map(chr, ids[ids > 1])) for ids in batch.input_ids]
+
+
+def test_tasks_are_drawn_by_the_documented_formula():
+    """p ~ n^(1/T), with the training sizes of GLUE that the paper's protocol leaves."""
+    counts = [8551, 66349, 3668, 362846, 5749, 391702, 103743, 2490]
+    examples = examples_of(["x"]) * max(counts)
+    splits = {str(i): examples[:count] for i, count in enumerate(counts)}
+    roots = np.sqrt(counts) / np.sqrt(counts).sum()
+    for temperature, expected in ((10, [.109, .134, .100, .158, .105, .159, .140, .096]),
+                                  (2, roots)):
+        turns = batches_of(splits, 100_000, temperature=temperature).turns
+        assert np.bincount(turns) / 100_000 == pytest.approx(np.array(expected), abs=0.006)
+
+
+def test_an_epoch_holds_each_example_once_and_batches_hold_similar_lengths():
+    texts = ["a" * length for length in range(1, 204)]
+    batches = batches_of({"rte": examples_of(texts)}, steps=52)
+    epochs = [[rows_of(batches(step)) for step in range(start, start + 26)] for start in (0, 26)]
+    for epoch in epochs:
+        assert sorted(sum(epoch, []), key=len) == texts
+        assert sorted(map(len, epoch)) == [3] + [8] * 25
+        spreads = [len(max(rows)) - len(min(rows)) for rows in epoch]
+        # A batch of eight from all 203 lengths would spread over about 158.
+        assert np.mean(spreads) < 30
+    assert epochs[0] != epochs[1] and batches_of({"rte": examples_of(texts)}, 0).steps == 26
+
+
+def test_a_batch_is_a_function_of_seed_and_step_and_holds_one_task():
+    splits = {letter: examples_of(letter * i for i in range(1, 40)) for letter in "ab"}
+    first, again, other = (batches_of(splits, 30, seed=seed) for seed in (0, 0, 1))
+    backwards = [rows_of(again(step)) for step in reversed(range(30))]
+    assert [rows_of(first(step)) for step in range(30)] == backwards[::-1]
+    assert [rows_of(other(step)) for step in range(30)] != backwards[::-1]
+    assert all(set("".join(rows_of(first(step)))) == {first(step).task} for step in range(30))
+
+
+def test_targets_are_drawn_by_their_weights():
+    example = data.Example(("x",), "a", None, "", None, (("a", 0.9), ("b", 0.3), ("c", 0.3)))
+    batches = batches_of({"vqa": [example] * 8}, steps=500)
+    labels = torch.cat([batches(step).labels[:, 0] for step in range(500)])
+    shares = [(labels == ord(letter)).float().mean().item() for letter in "abc"]
+    assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.03)
+
+
+def test_padding():
+    """Inputs by 0, to a multiple of 8 if there are more than 64 columns; labels by -100."""
+    long = data.Example(("x" * 66,), "yz", None, "")
+    batch = batches_of({"rte": [long, *examples_of(["x"])]})(0)
+    assert batch.input_ids.tolist() == [[120, 1] + [0] * 70, [120] * 66 + [1] + [0] * 5]
+    assert batch.labels.tolist() == [[98, 1, -100], [121, 122, 1]]
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def test_the_learning_rate():
+    """Twelve steps, four of them warm-up."""
+    args = SimpleNamespace(lr=8.0, warmup_steps=4, schedule="linear")
+    rates = [train.learning_rate(args, step, 12) for step in range(12)]
+    assert rates == pytest.approx([2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 1])
+    args.schedule = "constant"
+    assert train.learning_rate(args, 11, 12) == 8
+
+
+def test_the_best_checkpoint_has_the_best_mean_over_all_metrics(folder, tmp_path, monkeypatch):
+    """The mean over tasks would choose the first one. Of equal means, the earlier one counts."""
+    values = iter([0.9, 0.1, 0.5, 0.4, 0.5, 0.4])
+    monkeypatch.setattr(data, "score",
+                        lambda task, *_: dict.fromkeys(task.metrics, next(values, 0.0)))
+    write = mock.Mock(wraps=data.write_file)
+    monkeypatch.setattr(data, "write_file", write)
+    call(*command(folder, "rte,stsb", tmp_path))
+    steps, means = zip(*read_log(tmp_path, "mean"), strict=True)
+    assert steps == (4, 8, 12) and means == pytest.approx([1.1 / 3, 1.3 / 3, 1.3 / 3])
+    names = [one.args[0].name for one in write.mock_calls]
+    checkpoints = [name for name in names if name in ("last.pt", "best.safetensors")]
+    assert checkpoints == ["last.pt", "best.safetensors"] * 2 + ["last.pt"]
+
+
+@pytest.mark.parametrize("more, has, lacks", [
+    (["--vision", "prefix"], "visual_hypernetworks.to_key.weight", "visual_hypernetworks.scale"),
+    (["--vision", "adapter"], "visual_hypernetworks.scale", "visual_hypernetworks.to_key.weight"),
+    (["--vision", "tokens", "--method", "mam"], "learned.scale", "visual_embedding.weight"),
+    (["--vision", "tokens", "--method", "full"], "t5.shared.weight", "learned.scale"),
+    (["--vision", "shuffled"], "visual_hypernetworks.scale", "image_tokens.weight"),
+    (["--dtype", "bfloat16"], "visual_hypernetworks.scale", "image_tokens.weight"),
+])
+def test_other_ways_to_train(more, has, lacks, image, folder, tmp_path):
+    """Trained tensors are always float32. Shuffled images are those of other examples."""
+    call(*command(folder, "vqa", tmp_path / "run", *SHORT, *more))
+    trained = load_file(tmp_path / "run" / "best.safetensors")
+    assert has in trained and lacks not in trained
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    images = [[example.image for example in load(run).splits["vqa"]["train"]]
+              for run in (tmp_path / "run", image)]
+    assert (images[0] != images[1]) == ("shuffled" in more)
+    assert sorted(images[0]) == sorted(images[1])
+
+
+def test_two_processes_do_what_one_does(folder, tmp_path):
+    """Without dropout. The last batch of an epoch has one example, so a process has none."""
+    model = shutil.copytree(SAMPLE / "mini-t5", tmp_path / "model")
+    config = read(model / "config.json") | {"dropout_rate": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    one = call(*command(folder, "vqa", tmp_path / "one", "--model", model))
+    done = run_cli("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                   "train.py", *command(folder, "vqa", tmp_path / "two", "--model", model))
+    assert done.returncode == 0, done.stderr
+    # The metrics and outputs that a run prints.
+    assert one.split("task ")[1].split(str(tmp_path))[0] in done.stdout
+    losses = [read_log(tmp_path / name, "loss")[0] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    last = last_weights(tmp_path / "two")
+    for name, tensor in last_weights(tmp_path / "one").items():
+        assert (tensor - last[name]).abs().mean() < 1e-3, name
+
+
+# ---- using a trained run -------------------------------------------------------------------------
+
+def test_transfer(text, folder, tmp_path):
+    """A new task starts with another one's embedding, a known one with its own."""
+    call(*command(folder, "sst2,rte", tmp_path / "run", *SHORT, "--lr", 0, "--init-from", text,
+                  "--init-task", "stsb"))
+    after, expected = (load_file(run / "best.safetensors") for run in (tmp_path / "run", text))
+    expected["task.sst2"] = expected.pop("task.stsb")
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
+
+
+def test_exported_weights_do_what_the_run_does(text, checkpoint, tmp_path):
+    call("--run", text, "--export", tmp_path)
+    run, path = load(text), tmp_path / "stsb.safetensors"
+    assert not any("hypernetworks" in name or "task" in name for name in load_file(path))
+    t5 = T5.from_pretrained(SAMPLE / "mini-t5")
+    sites = train.load_exported(path, t5)
+    input_ids, _ = train.make_inputs(run, run.splits["stsb"]["validation"][:3])
+    labels = train.make_labels(run, ["1.0", "2.4", "5.0"])
+    with torch.no_grad():
+        expected, _ = run.model(input_ids, input_ids != 0, labels, "stsb")
+        logits, _ = t5(input_ids, input_ids != 0, labels, sites=sites)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    with pytest.raises(data.UserError, match="stsb.safetensors: was exported for another T5"):
+        train.load_exported(path, T5.from_pretrained(checkpoint))
+
+
+def test_asking_gives_an_output_and_probabilities(text):
+    run = load(text)
+    pair = run.splits["rte"]["validation"][0].parts[1::2]
+    source, output, *lines = call("--run", text, "--ask", "rte", *pair).splitlines()[-4:]
+    assert source == "rte sentence1: {} sentence2: {}".format(*pair)
+    shown = {line.split()[0]: float(line.split()[1]) for line in lines}
+    # One word after the other, one token after the other.
+    ids, products = torch.tensor([run.tokenizer.encode(source)]), {}
+    assert output.startswith(max(shown, key=shown.get))
+    for word in ("entailment", "not_entailment"):
+        labels = torch.tensor([run.tokenizer.encode(word)])
+        with torch.no_grad():
+            logits, _ = run.model(ids, ids != 0, labels, "rte")
+        products[word] = F.softmax(logits[0], 1).gather(1, labels.T).prod().item()
+    expected = {word: product / sum(products.values()) for word, product in products.items()}
+    assert shown == pytest.approx(expected, abs=1e-4)
+
+
+def test_predictions(text, image):
+    for split, name in (("validation", "RTE-validation"), ("test", "RTE-test"),
+                        ("submission", "RTE")):
+        call("--run", text, "--predict", split)
+        header, *rows = (text / f"{name}.tsv").read_text().splitlines()
+        assert header == "index\tprediction" and len(rows) == (2 if split == "submission" else 8)
+        assert {row.split("\t")[1] for row in rows} <= {"entailment", "not_entailment"}
+    call("--run", image, "--predict", "validation")
+    outputs = {row["question_id"]: row["answer"] for row in read(image / "validation-VQAv2.json")}
+    right = [answer == ANSWERS[index // 10 % 4] for index, answer in outputs.items()]
+    accuracy = read(image / "metrics.json")["metrics"]["vqa"]["validation"]["accuracy"]
+    assert accuracy == pytest.approx(np.mean(right))
+    asked = call("--run", image, "--ask", "what", "val2014:5").splitlines()
+    assert asked[-2:] == ["vqa: what", outputs[50]]
+
+
+def test_several_seeds_and_their_table(folder, tmp_path):
+    arguments = command(folder, "rte", tmp_path, *SHORT, "--num-seeds", 2)
+    printed = call(*arguments)
+    weights = [(tmp_path / f"seed-{seed}" / "best.safetensors").read_bytes() for seed in (0, 1)]
+    assert weights[0] != weights[1]
+    # Only what is missing is done again.
+    shutil.rmtree(tmp_path / "seed-1")
+    again = call(*arguments, "--resume")
+    assert (printed + again).count("trained parameters") == 3
+    assert (tmp_path / "seed-1" / "best.safetensors").read_bytes() == weights[1]
+    assert again.splitlines()[-3:] == printed.splitlines()[-3:]
+
+
+def test_a_table_by_hand(text, tmp_path, monkeypatch):
+    """Another architecture has its own row. A run in the default folder is not in the way."""
+    monkeypatch.chdir(tmp_path)
+    folders = ["runs/rte-hyperpelt", "runs/b", "runs/c"]
+    contents = [(0, 4, 0.6), (1, 4, 0.8), (0, 5, 0.7)]
+    for folder, (seed, bottleneck, value) in zip(folders, contents, strict=True):
+        record = read(text / "config.json")
+        record["settings"] |= {"seed": seed, "task": "rte"}
+        record["config"]["bottleneck"] = bottleneck
+        result = {"metrics": {"rte": {"test": {"accuracy": value}}}, "mean": {}}
+        os.makedirs(folder)
+        (tmp_path / folder / "config.json").write_text(json.dumps(record))
+        (tmp_path / folder / "metrics.json").write_text(json.dumps(result))
+    head, _, *rows = [line.strip("| ").split(" | ") for line in
+                      call("--table", *folders).splitlines()]
+    deviation = 100 * statistics.stdev([0.6, 0.8])
+    assert head == ["method", "rte accuracy, test"]
+    assert rows[0][0] == "hyperpelt" and f"70.00 ± {deviation:.2f}" in rows[0][1]
+    assert rows[1] == ["hyperpelt, bottleneck 5", "70.00"]

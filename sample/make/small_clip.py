@@ -1,6 +1,6 @@
 """Train a small vision transformer on a VQA data set and write it in CLIP's public format.
 
-    python tests/stress/small_clip.py --data-dir DIR --images DIR/images/train2014 --out FOLDER
+    python sample/make/small_clip.py --data-dir DIR --images DIR/images/train2014 --out FOLDER
 
 It serves to try the visual side where no public CLIP is at hand; it is no CLIP. It learns from the
 training questions alone: the mean of the image's 7 x 7 cells, times the mean embedding of the
