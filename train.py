@@ -102,7 +102,7 @@ def make_parser():
     add("--protocol", choices=["paper", "official"], default="paper",
         help="splits as in the paper, or the official files as they are")
     add("--max-train-examples", type=natural, default=0, metavar="K", help="per task; 0: all")
-    add("--max-source-length", type=natural, default=128, metavar="N", help="cut from longest field")
+    add("--max-source-length", type=natural, default=128, metavar="N", help="in tokens")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="hyperpelt", metavar="NAME", help=", ".join(METHODS))
@@ -221,7 +221,7 @@ class Run:
     folder: Path
     tasks: dict             # {name: data.Task}
     splits: dict            # {task name: {split: [data.Example]}}
-    images: dict            # {image set: (features [images, N, V], {id: row})}
+    images: dict            # {(image set, id): (features of the set [images, N, V], row)}
     tokenizer: Tokenizer
     encode: object          # text -> ids; remembers short texts
     model: HyperPELT
@@ -299,35 +299,32 @@ def all_examples(splits):
 
 
 def open_features(args, splits, encoder=None):
-    """-> {image set: (features [images, N, V], {id: row})}, what made them, a hash.
+    """-> {(image set, id): (features of the set [images, N, V], row)}, what made them, a hash.
 
     Raises UserError for a missing file or image, features of another encoder than the others or
     `encoder`, and an N that does not fit.
     """
-    wanted = {}
-    for example in all_examples(splits):
-        if example.image:
-            wanted.setdefault(example.image[0], set()).add(example.image[1])
+    wanted = {example.image for example in all_examples(splits) if example.image}
     images, hashed = {}, []
-    for name, ids in sorted(wanted.items()):
+    for name in sorted({image_set for image_set, _ in wanted}):
         path = Path(args.features) / f"{name}.npy"
         with reading(path):
             features, row_of, about = load_features(path)
             found = {key: about[key] for key in ("kind", "weights", "preprocessing")}
-            found["width"] = features.shape[2]
-        if missing := sorted(ids - row_of.keys()):
-            raise UserError(f"{path}: {len(missing)} of {len(ids)} images have no features,"
-                            f" such as {', '.join(missing[:5])}")
+        _, cells, found["width"] = features.shape
         encoder = encoder or found
         if found != encoder:
             raise UserError(f"{path}: found features of {found}, expected {encoder}")
-        cells, prefix_length = features.shape[1], make_config(args, 0).prefix_length
+        prefix_length = make_config(args, 0).prefix_length
         if args.vision != "tokens" and cells != prefix_length:
             raise UserError(f"{path}: found {cells} grid cells, expected {prefix_length},"
                             " one for each position of the prefix (--set prefix_length=...)")
-        images[name] = features, row_of
+        images |= {(name, image_id): (features, row) for image_id, row in row_of.items()}
         # About fifty images stand for all of them.
         hashed += [repr(row_of).encode(), features[::max(1, len(features) // 50)].tobytes()]
+    if missing := sorted(wanted - images.keys()):
+        raise UserError(f"{args.features}: {len(missing)} images have no features,"
+                        f" such as {', '.join(map(':'.join, missing[:5]))}")
     return images, encoder, short_hash(hashed)
 
 
@@ -373,12 +370,9 @@ def make_inputs(run, examples):
            for example in examples]
     features = None
     if examples[0].image:
-        arrays = []
-        for example in examples:
-            image_set, image_id = example.image
-            array, row_of = run.images[image_set]
-            arrays.append(array[row_of[image_id]])
-        features = torch.from_numpy(np.stack(arrays)).to(run.device)
+        places = [run.images[example.image] for example in examples]
+        features = np.stack([features[row] for features, row in places])
+        features = torch.from_numpy(features).to(run.device)
     return pad(ids, 0).to(run.device), features
 
 
@@ -888,35 +882,29 @@ def table(folders):
         with reading(folder / "metrics.json"):
             result = json.loads((folder / "metrics.json").read_text())
         metrics = result["metrics"]
-        settings = {**record["settings"], **record["config"]}
-        seed = settings.pop("seed")
-        settings |= {"backbone": record["hashes"]["backbone"],
-                     "init_from": bool(settings["init_from"]),
-                     "task": ", ".join(metrics) if len(metrics) > 1 else "one each"}
+        settings = {**record["settings"], **record["config"],
+                    "backbone": record["hashes"]["backbone"]}
+        if len(metrics) == 1:
+            settings["task"] = "one each"
 
         # A label names what differs from the first run of the same method.
         first = first_of.setdefault(settings["method"], settings)
         label = settings["method"]
         for name, value in settings.items():
-            if value != first[name] and name not in ("model", "data_dir", "features"):
+            if value != first[name] and name not in ("seed", "model", "data_dir", "features"):
                 label += f", {name} {value}"
         cells = rows.setdefault(label, {})
-        values = {}
         for name, by_split in metrics.items():
             split = "test" if "test" in by_split else "validation"
-            values |= {f"{name} {metric}, {split}": value
-                       for metric, value in by_split[split].items()}
-        if len(metrics) > 1:
-            values |= {f"mean, {split}": value for split, value in result["mean"].items()}
-        for column, value in values.items():
-            if seed in cells.setdefault(column, {}):
-                raise UserError(f"{folder}: another of these runs has its settings, seed and task")
-            cells[column][seed] = value
+            for metric, value in by_split[split].items():
+                cells.setdefault(f"{name} {metric}, {split}", []).append(value)
+        for split, value in result["mean"].items() if len(metrics) > 1 else ():
+            cells.setdefault(f"mean, {split}", []).append(value)
 
     columns = dict.fromkeys(column for cells in rows.values() for column in cells)
     lines = [["method", *columns], ["---"] * (len(columns) + 1)]
     for label, cells in rows.items():
-        shown = [mean_and_deviation(list(cells.get(column, {}).values())) for column in columns]
+        shown = [mean_and_deviation(cells.get(column, [])) for column in columns]
         lines.append([label, *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
