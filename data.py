@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import zipfile
 from collections import Counter
@@ -64,10 +65,8 @@ class Task:
     files: dict = "train=train.tsv, validation=dev.tsv"
     # (task, folder, protocol) -> {split: [Example]}, where it is not read_official.
     read: Callable = None
-    # The address of the official files, and their number of training examples.
-    # Empty: they cannot be downloaded.
-    url: str = ""
-    size: int = 0
+    # "file=address" of the official files, in the order of the downloads. Empty: there are none.
+    urls: dict = ""
     # The first part of the source text of an image task. Text tasks have none.
     prompt: str = ""
     # The largest number of tokens of a free answer, and the beams to search it with [C].
@@ -78,6 +77,7 @@ class Task:
         self.fields = pairs(self.fields)
         self.labels = pairs(self.labels)
         self.files = pairs(self.files)
+        self.urls = pairs(self.urls)
         self.read = self.read or read_official
         self.is_visual = bool(self.prompt)
         # The parts of a source text that stand before the texts of the fields.
@@ -222,18 +222,18 @@ BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
 JSON_KEY = re.compile(r'"([^"]*)"\s*:\s*')
 
 
-def read_json(path, part, *keys):
-    """Yield (key, values of these keys) for each entry of a JSON file; raise UserError.
+def read_json(path, at, part=None):
+    """Yield (key, entry) for each entry of a JSON file, a piece of which is in memory at a time.
 
-    The file holds an object. An entry is an element of its list `part`; where that is None, every
-    value. Official files have up to a gigabyte, so only a piece is in memory at a time.
+    The file holds an object and has up to a gigabyte. An entry is an element of its list `part`;
+    where that is None, every value.
     """
     decode = json.JSONDecoder().raw_decode
     text = ""
     position = 0
     key = ""
     number = 0
-    with reading(path) as at, open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         # The opening brace.
         file.read(1)
         while True:
@@ -253,56 +253,51 @@ def read_json(path, part, *keys):
                 at.found, position = decode(text, position)
                 number += 1
                 if part in (key, None):
-                    yield key, *[at.found[name] for name in keys]
+                    yield key, at.found
 
 
 def read_gqa(path, at):
     """Read GQA's balanced questions, {question id: question}."""
-    for index, image, question, answer in read_json(path, None, "imageId", "question", "answer"):
-        yield {
-            "index": index,
-            "image": ("gqa", str(image)),
-            "question": question,
-            "label": (answer,)
-        }
+    for index, row in read_json(path, at):
+        image = ("gqa", str(row["imageId"]))
+        yield {**row, "index": index, "image": image, "label": (row["answer"],)}
 
 
 def read_questions(path, at):
-    """Read a question file of VQAv2 or OK-VQA with its annotations, if it is not a test file.
+    """Read a question file of VQAv2 or OK-VQA.
 
     The name tells the images, as in v2_OpenEnded_mscoco_train2014_questions.json. The questions of
     test-dev are about images of test.
     """
     image_set = path.stem.split("_")[-2].replace("test-dev", "test")
-    annotations = {}
-    if "test" not in image_set:
-        name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-        keys = ("question_id", "answers", "answer_type")
-        entries = read_json(path.with_name(name), "annotations", *keys)
-        for _, index, answers, kind in entries:
-            answers = tuple(answer["answer"] for answer in answers)
-            annotations[index] = answers, sys.intern(kind)
+    for _, row in read_json(path, at, "questions"):
+        image = (image_set, str(row["image_id"]))
+        yield {"index": str(row["question_id"]), "image": image, "question": row["question"]}
 
-    keys = ("question_id", "image_id", "question")
-    for _, index, image, question in read_json(path, "questions", *keys):
-        if annotations and index not in annotations:
-            raise ValueError(f"question_id {index} has no annotation in {name}")
-        answers, kind = annotations.get(index, (None, ""))
-        yield {
-            "index": str(index),
-            "image": (image_set, str(image)),
-            "question": question,
-            "label": answers,
-            "kind": kind
-        }
+
+def read_vqa(path, at):
+    """Read a question file with its annotations."""
+    name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    annotated = path.with_name(name)
+    labels = {}
+    with reading(annotated) as place:
+        for _, row in read_json(annotated, place, "annotations"):
+            answers = tuple(answer["answer"] for answer in row["answers"])
+            label = {"label": answers, "kind": sys.intern(row["answer_type"])}
+            labels[str(row["question_id"])] = label
+
+    for row in read_questions(path, at):
+        if row["index"] not in labels:
+            raise ValueError(f"question_id {row['index']} has no annotation in {name}")
+        yield row | labels[row["index"]]
 
 
 def read_official_captions(path, at):
     """Read captions_train2014.json, one row for each image. The label is all its captions."""
     image_set = path.stem.removeprefix("captions_")
     captions = {}
-    for _, image, caption in read_json(path, "annotations", "image_id", "caption"):
-        captions.setdefault(str(image), []).append(caption)
+    for _, row in read_json(path, at, "annotations"):
+        captions.setdefault(str(row["image_id"]), []).append(row["caption"])
     for image, texts in captions.items():
         yield {"index": image, "image": (image_set, image), "label": tuple(texts)}
 
@@ -313,14 +308,12 @@ KARPATHY = pairs("train, restval=train, val=validation, test")
 
 def read_karpathy(path, at):
     """Read dataset_coco.json, one row for each image. The label is all its captions."""
-    keys = ("split", "filepath", "cocoid", "sentences")
-    for _, split, image_set, image, sentences in read_json(path, "images", *keys):
-        yield {
-            "index": str(image),
-            "image": (image_set, str(image)),
-            "split": KARPATHY[split],
-            "label": tuple(sentence["raw"] for sentence in sentences)
-        }
+    for _, row in read_json(path, at, "images"):
+        index = str(row["cocoid"])
+        image = (row["filepath"], index)
+        captions = tuple(sentence["raw"] for sentence in row["sentences"])
+        split = KARPATHY[row["split"]]
+        yield {"index": index, "image": image, "split": split, "label": captions}
 
 
 # ---- readers -------------------------------------------------------------------------------------
@@ -341,7 +334,7 @@ def find_files(task, folder):
     return paths
 
 
-def read_official(task, folder, protocol):
+def read_official(task, folder, protocol="official"):
     """Read a task that has a file for each split."""
     return read_files(task, find_files(task, folder), task.rows)
 
@@ -351,10 +344,10 @@ def read_files(task, paths, rows, labelled=True):
     splits = {}
     for name, path in paths.items():
         with reading(path) as at:
-            for row in rows(path, at):
+            for number, row in enumerate(rows(path, at)):
                 at.found = row
-                examples = splits.setdefault(row.get("split", name), [])
-                examples.append(make_example(task, row, len(examples), labelled))
+                example = make_example(task, row, number, labelled)
+                splits.setdefault(row.get("split", name), []).append(example)
             found = len(splits.get(name, []))
             if found < 2:
                 raise ValueError(f"found {found} examples, expected at least 2")
@@ -412,24 +405,23 @@ def read_mrpc(task, folder, protocol):
     """Read train.tsv and dev.tsv, or else the source of both."""
     source = folder / MRPC_SOURCE
     if not source.exists() or (folder / "train.tsv").exists():
-        return read_official(task, folder, protocol)
+        return read_official(task, folder)
     return read_files(task, {"train": source}, split_mrpc)
 
 
 def split_mrpc(path, at):
     """Read MRPC's own source. GLUE lists the pairs of ids that are its validation set."""
-    rows = list(read_tsv(path, at))
+    rows = {f"{row['#1 ID']}\t{row['#2 ID']}": row for row in read_tsv(path, at)}
     ids = path.with_name(MRPC_IDS)
     if ids.exists():
-        pairs = ids.read_text().split("\n")
-        held_out = [f"{row['#1 ID']}\t{row['#2 ID']}" in pairs for row in rows]
+        held_out = ids.read_text().split("\n")
     else:
         note = "408 examples drawn with seed 42 stand in for GLUE's validation set"
         print(f"note: {ids} is not there: {note}", file=sys.stderr)
-        held_out = np.argsort(permutation(len(rows))) < 408
-    for number, row in enumerate(rows):
-        split = "validation" if held_out[number] else "train"
-        yield {"index": str(number), **row, "split": split}
+        drawn = permutation(len(rows))[:408]
+        held_out = [list(rows)[number] for number in drawn]
+    for pair, row in rows.items():
+        yield {**row, "split": "validation" if pair in held_out else "train"}
 
 
 def read_coco(task, folder, protocol):
@@ -441,11 +433,12 @@ def read_coco(task, folder, protocol):
     paths = [place / name for place in (folder, folder.parent) for name in names]
     found = [path for path in paths if path.exists()]
     if protocol == "official" or not found:
-        return read_official(task, folder, protocol)
+        return read_official(task, folder)
     if task.name == "caption":
         return read_files(task, {"train": found[0]}, read_karpathy)
 
-    splits = read_official(task, folder, protocol)
+    # Both files of VQAv2 are pooled and split by image.
+    splits = read_official(task, folder)
     pooled = {"train": [], "validation": [], "test": []}
     with reading(found[0]) as at:
         split_of = {row["image"]: row["split"] for row in read_karpathy(found[0], at)}
@@ -464,53 +457,54 @@ TASK_LIST = [
     Task(
         "cola", "CoLA", partial(read_tsv, names=("source", "label", "original", "sentence")),
         "sentence", "0=unacceptable, 1=acceptable", metrics=("matthews",),
-        url=f"{GLUE_URL}CoLA.zip", size=8551
+        urls=f"official.zip={GLUE_URL}CoLA.zip"
     ),
     Task(
         "sst2", "SST-2", read_tsv, "sentence", "0=negative, 1=positive",
-        url=f"{GLUE_URL}SST-2.zip", size=67349
+        urls=f"official.zip={GLUE_URL}SST-2.zip"
     ),
     Task(
         "mrpc", "MRPC", read_tsv, "sentence1=#1 String, sentence2=#2 String",
         "0=not_equivalent, 1=equivalent", "Quality", ("accuracy", "f1"), read=read_mrpc,
-        url=MRPC_URL, size=3668
+        urls=f"{MRPC_SOURCE}={MRPC_URL}{MRPC_SOURCE}, "
+        f"test.tsv={MRPC_URL}msr_paraphrase_test.txt, {MRPC_IDS}={GLUE_URL}{MRPC_IDS}"
     ),
     Task(
         "qqp", "QQP", partial(read_tsv, short_lines=True), "question1, question2",
         "0=not_duplicate, 1=duplicate", "is_duplicate", ("accuracy", "f1"),
-        url=f"{GLUE_URL}QQP-clean.zip", size=363849
+        urls=f"official.zip={GLUE_URL}QQP-clean.zip"
     ),
     Task(
         "stsb", "STS-B", read_tsv, "sentence1, sentence2", column="score",
-        metrics=("pearson", "spearman"), url=f"{GLUE_URL}STS-B.zip", size=5749
+        metrics=("pearson", "spearman"), urls=f"official.zip={GLUE_URL}STS-B.zip"
     ),
     Task(
         "mnli", "MNLI", read_tsv, "hypothesis=sentence2, premise=sentence1",
         "entailment, neutral, contradiction", "gold_label",
         files="train=train.tsv, validation=dev_matched.tsv, mismatched=dev_mismatched.tsv",
-        url=f"{GLUE_URL}MNLI.zip", size=392702
+        urls=f"official.zip={GLUE_URL}MNLI.zip"
     ),
     Task(
         "qnli", "QNLI", read_tsv, "question, sentence", "entailment, not_entailment",
-        url=f"{GLUE_URL}QNLIv2.zip", size=104743
+        urls=f"official.zip={GLUE_URL}QNLIv2.zip"
     ),
     Task(
         "rte", "RTE", read_tsv, "sentence1, sentence2", "entailment, not_entailment",
-        url=f"{GLUE_URL}RTE.zip", size=2490
+        urls=f"official.zip={GLUE_URL}RTE.zip"
     ),
     Task(
         "wnli", "WNLI", read_tsv, "sentence1, sentence2", "0=not_entailment, 1=entailment",
-        url=f"{GLUE_URL}WNLI.zip", size=635
+        urls=f"official.zip={GLUE_URL}WNLI.zip"
     ),
     # The paper's transfer tasks [P; TREC second-hand]. The formats of cb and boolq are T5's [X],
     # those of the other three are ours [C].
     Task(
         "cb", "CB", read_json_lines, "hypothesis, premise", "entailment, contradiction, neutral",
-        files="train=train.jsonl, validation=val.jsonl", url=f"{SUPERGLUE_URL}CB.zip", size=250
+        files="train=train.jsonl, validation=val.jsonl", urls=f"official.zip={SUPERGLUE_URL}CB.zip"
     ),
     Task(
         "boolq", "BoolQ", read_json_lines, "passage, question", "False, True",
-        files="train=train.jsonl, validation=val.jsonl", url=f"{SUPERGLUE_URL}BoolQ.zip", size=9427
+        files="train=train.jsonl, validation=val.jsonl", urls=f"official.zip={SUPERGLUE_URL}BoolQ.zip"
     ),
     Task(
         "imdb", "aclImdb", read_imdb, "sentence=text", "neg=negative, pos=positive",
@@ -527,7 +521,7 @@ TASK_LIST = [
     ),
     # The prompts of vqa, gqa and caption, and five beams, are VL-T5's [X]; the others are ours [C].
     Task(
-        "vqa", "VQAv2", read_questions, "question", prompt="vqa:", read=read_coco,
+        "vqa", "VQAv2", read_vqa, "question", prompt="vqa:", read=read_coco,
         files="train=v2_OpenEnded_mscoco_train2014_questions.json, "
         "validation=v2_OpenEnded_mscoco_val2014_questions.json"
     ),
@@ -537,7 +531,7 @@ TASK_LIST = [
         "test=testdev_balanced_questions.json"
     ),
     Task(
-        "okvqa", "OKVQA", read_questions, "question", prompt="okvqa:",
+        "okvqa", "OKVQA", read_vqa, "question", prompt="okvqa:",
         files="train=OpenEnded_mscoco_train2014_questions.json, "
         "validation=OpenEnded_mscoco_val2014_questions.json"
     ),
@@ -612,13 +606,9 @@ def make_splits(task, data_dir, protocol="paper"):
     shuffled = [examples[number] for number in permutation(len(examples))]
     if small:
         half = len(examples) // 2
-        return {**splits, "validation": shuffled[:half], "test": shuffled[half:]}
-    return {
-        **splits,
-        "train": shuffled[1000:],
-        "validation": shuffled[:1000],
-        "test": splits["validation"]
-    }
+        return splits | {"validation": shuffled[:half], "test": shuffled[half:]}
+    validation = {"validation": shuffled[:1000], "test": splits["validation"]}
+    return splits | validation | {"train": shuffled[1000:]}
 
 
 def submission_files(task):
@@ -643,7 +633,7 @@ def read_submission(task, data_dir):
     if not paths:
         raise UserError(f"{folder}: found no test data of {task.name} for an evaluation server")
     # CoLA's test file has a header, unlike its others.
-    rows = task.rows if task.is_visual else read_tsv
+    rows = read_questions if task.is_visual else read_tsv
     return read_files(task, paths, rows, labelled=False)
 
 
@@ -675,8 +665,7 @@ def encode_source(parts, encode, max_length):
     pieces = [encode(part)[:-1] for part in parts]
     # Even parts are prompts, odd ones are fields.
     fields = pieces[1::2]
-    excess = sum(map(len, pieces)) + 1 - max_length
-    for _ in range(min(excess, sum(map(len, fields)))):
+    while any(fields) and sum(map(len, pieces)) >= max_length:
         max(fields, key=len).pop()
     return sum(pieces, []) + ids[-1:]
 
@@ -729,11 +718,10 @@ METRICS = {
 
 def parse_outputs(task, outputs):
     """Return an array [outputs] of class numbers, or of scores; -1 for what is neither."""
-    words = list(task.labels.values())
-    if not words:
+    if not task.labels:
         return np.array([parse_number(output) for output in outputs])
-    outputs = [output.strip() for output in outputs]
-    return np.array([words.index(output) if output in words else -1 for output in outputs])
+    classes = {word: number for number, word in enumerate(task.labels.values())}
+    return np.array([classes.get(output.strip(), -1) for output in outputs])
 
 
 def leave_one_out(matches, count):
@@ -750,10 +738,11 @@ def leave_one_out(matches, count):
 
 
 # The normalisation of the official VQA evaluator (GT-Vision-Lab/VQA, vqaEval.py) has quirks, which
-# are kept. Its table maps a word that lacks one of its apostrophes to the word. One entry of it is
-# the wrong way round, "somebody'd".
-NUMBERS = pairs(
-    "none=0, zero=0, one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10"
+# are kept. Its tables map a number to digits, and a word that lacks one of its apostrophes to the
+# word. One entry is the wrong way round, "somebody'd".
+CORRECTIONS = pairs(
+    "none=0, zero=0, one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, "
+    "ten=10, somebody'd=somebodyd"
 )
 CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
@@ -766,10 +755,9 @@ CONTRACTED = """
     why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've
 """
-CONTRACTIONS = {"somebody'd": "somebodyd"}
 for word in CONTRACTED.split():
     for place in re.finditer("'", word):
-        CONTRACTIONS[word[: place.start()] + word[place.end() :]] = word
+        CORRECTIONS[word[: place.start()] + word[place.end() :]] = word
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
@@ -787,9 +775,8 @@ def normalise_answer(text):
     # A period goes unless a digit follows. At most 32 go, because the official code passes its
     # flag as a count.
     result = re.sub(r"\.(?!\d)", "", result, count=32)
-    words = [NUMBERS.get(word, word) for word in result.lower().split()]
-    words = [CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the")]
-    return " ".join(words)
+    words = [word for word in result.lower().split() if word not in ("a", "an", "the")]
+    return " ".join(CORRECTIONS.get(word, word) for word in words)
 
 
 def vqa_accuracy(text, answers):
@@ -856,13 +843,13 @@ def cider(hypotheses, references):
 
 def bleu4(hypotheses, references):
     """Return corpus BLEU-4, 0 to 1, as pycocoevalcap does, given the same arguments."""
-    pairs = list(zip(hypotheses, references, strict=True))
+    images = list(zip(hypotheses, references, strict=True))
     product = 1.0
     for n in range(1, 5):
         # The small numbers are pycocoevalcap's, against a division by zero.
         correct = 1e-15
         guessed = 1e-9
-        for words, captions in pairs:
+        for words, captions in images:
             # The largest count in any one reference limits the correct n-grams.
             limit = Counter()
             for caption in captions:
@@ -875,7 +862,7 @@ def bleu4(hypotheses, references):
     # The length penalty compares with the reference that is closest in length.
     length = sum(map(len, hypotheses)) + 1e-15
     closest = 1e-9
-    for words, captions in pairs:
+    for words, captions in images:
         closest += min((abs(len(caption) - len(words)), len(caption)) for caption in captions)[1]
     return product**0.25 * math.exp(min(0, 1 - closest / length))
 
@@ -917,8 +904,7 @@ def score(task, outputs, examples):
 
 def majority(task, train_examples, examples):
     """Return the score of the most frequent training target as the only output."""
-    targets = Counter(example.target for example in train_examples)
-    most_frequent, _ = targets.most_common(1)[0]
+    most_frequent = statistics.mode(example.target for example in train_examples)
     return score(task, [most_frequent] * len(examples), examples)
 
 
@@ -944,20 +930,20 @@ def write_predictions(path, task, outputs, examples):
 
     GLUE's files hold labels, so an output that is none becomes the first label.
     """
-    indices = [example.index for example in examples]
     if task.is_visual:
         id_key, output_key = RESULT_KEYS[task.name]
         # The ids of VQA and COCO are numbers.
-        if id_key.endswith("_id"):
-            indices = map(int, indices)
-        pairs = zip(indices, outputs, strict=True)
-        text = json.dumps([{id_key: index, output_key: output} for index, output in pairs])
+        convert = int if id_key.endswith("_id") else str
+        results = []
+        for example, output in zip(examples, outputs, strict=True):
+            results.append({id_key: convert(example.index), output_key: output})
+        text = json.dumps(results)
     else:
         labels = list(task.labels)
         text = "index\tprediction\n"
-        for index, value in zip(indices, parse_outputs(task, outputs), strict=True):
+        for example, value in zip(examples, parse_outputs(task, outputs), strict=True):
             label = labels[max(value, 0)] if labels else f"{np.clip(value, 0, 5):.3f}"
-            text += f"{index}\t{label}\n"
+            text += f"{example.index}\t{label}\n"
     write_file(path, text.encode())
     words = task.label_words()
     return sum(output.strip() not in words for output in outputs) if words else 0
@@ -976,43 +962,29 @@ def write_file(path, content):
     os.replace(aside, path)
 
 
-def fetch(url, path):
-    """Download a file to a temporary name and rename it."""
-    with reading(url):
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-
-
 def download(task, data_dir):
-    """Fetch the official files if they are not there yet, and count their examples."""
+    """Fetch the official files if they are not there yet. Unpack those of a zip that are read."""
     with contextlib.suppress(UserError):
-        find_files(task, find_folder(task, data_dir))
+        folder = find_folder(task, data_dir)
+        # The last download of MRPC, which has no train.tsv.
+        if not (folder / MRPC_IDS).exists():
+            find_files(task, folder)
         return
     folder = Path(data_dir) / task.folder
-    if not task.url:
+    if not task.urls:
         raise UserError(f"{folder}: no such folder; {HINT}")
     folder.mkdir(parents=True, exist_ok=True)
-    if task.name != "mrpc":
-        download_zip(task, folder)
-    elif not (folder / MRPC_IDS).exists():
-        fetch(f"{MRPC_URL}{MRPC_SOURCE}", folder / MRPC_SOURCE)
-        fetch(f"{MRPC_URL}msr_paraphrase_test.txt", folder / "test.tsv")
-        fetch(f"{GLUE_URL}{MRPC_IDS}", folder / MRPC_IDS)
+    for name, url in task.urls.items():
+        with reading(url):
+            progress = sys.stderr.isatty()
+            torch.hub.download_url_to_file(url, str(folder / name), progress=progress)
 
-    found = len(make_splits(task, data_dir, "official")["train"])
-    # Some copies of QQP have three examples fewer.
-    if found < task.size - 3:
-        raise UserError(f"{folder}: found {found} training examples, expected {task.size}; remove"
-                        " the folder to fetch it again")
-
-
-def download_zip(task, folder):
-    """Fetch a zip with RTE/train.tsv, ... and unpack the files that are read."""
     archive = folder / "official.zip"
-    fetch(task.url, archive)
-    with reading(archive), zipfile.ZipFile(archive) as members:
-        for name in [*task.files.values(), *submission_files(task).values()]:
-            write_file(folder / name, members.read(f"{task.folder}/{name}"))
-    archive.unlink()
+    if archive.exists():
+        with reading(archive), zipfile.ZipFile(archive) as members:
+            for name in [*task.files.values(), *submission_files(task).values()]:
+                write_file(folder / name, members.read(f"{task.folder}/{name}"))
+        archive.unlink()
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -181,22 +181,25 @@ class Hypernetworks(nn.Module):
         up_bias = self.to_up_bias(mean).unsqueeze(2)                # eq. (4): b_up
         return down, down_bias, up, up_bias, self.scale.expand(len(hyper))
 
-    def forward(self, z, layer, block):
+    def forward(self, z, layer, block, dtype):
         """z, l, b as above -> {site: (P_k, P_v) or (W_down, b_down, W_up, b_up, lambda)}."""
         hyper = self.hyper_embedding(z, layer, block)
         # The sites of the attentions come first, then those of the feed-forward blocks.
         for_prefixes, for_adapters = hyper.split([len(self.attentions), len(self.ffns)])
         weights = {}
         if self.attentions:
-            weights |= split_by_site(self.attentions, self.prefixes(for_prefixes))
+            weights |= split_by_site(self.attentions, self.prefixes(for_prefixes), dtype)
         if self.ffns:
-            weights |= split_by_site(self.ffns, self.adapters(for_adapters))
+            weights |= split_by_site(self.ffns, self.adapters(for_adapters), dtype)
         return weights
 
 
-def split_by_site(sites, tensors):
+def split_by_site(sites, tensors, dtype):
     """Several tensors [sites, ...] -> {site: its slice of each}."""
-    return {site: tuple(tensor[i] for tensor in tensors) for i, site in enumerate(sites)}
+    # The gradient of unbind is one stack. That of tensor[i] would be as large as all sites, once
+    # per site.
+    slices = [tensor.to(dtype).unbind() for tensor in tensors]
+    return {site: [one[i] for one in slices] for i, site in enumerate(sites)}
 
 
 # ---- injection at the two seams of t5.py: eq. (3), (5), (6), (9), (10) ---------------------------
@@ -336,9 +339,10 @@ class HyperPELT(nn.Module):
         Call it once per training step and once per evaluation, not per layer or output token.
         """
         if self.learned is not None:
-            return self.learned(task)
+            return self.learned(task, self.t5.dtype)
         if self.hypernetworks is not None:
-            return self.hypernetworks(self.task[task][None], self.layer, self.block)
+            z = self.task[task][None]                                           # [1, N, Z]
+            return self.hypernetworks(z, self.layer, self.block, self.t5.dtype)
         return {}
 
     def generate_visual_weights(self, features):
@@ -350,7 +354,7 @@ class HyperPELT(nn.Module):
             z = self.visual_embedding(features)                                 # eq. (7) [B, N, Z]
             if not self.config.per_position:
                 z = z.mean(1, keepdim=True)                                     # [B, 1, Z]
-            return self.visual_hypernetworks(z, self.layer, self.block)
+            return self.visual_hypernetworks(z, self.layer, self.block, self.t5.dtype)
 
     def inject(self, weights, features=None):
         """The weights of a task and, for images, grid features [B, N, V] -> what T5.forward and
@@ -371,10 +375,7 @@ class HyperPELT(nn.Module):
                 for site, tensors in self.generate_visual_weights(features).items():
                     parts[site].append(tensors)
 
-        injected["sites"] = {}
-        for site, part in parts.items():
-            part = [[tensor.to(self.t5.dtype) for tensor in tensors] for tensors in part]
-            injected["sites"][site] = seam_of(site[0])(part)
+        injected["sites"] = {site: seam_of(site[0])(part) for site, part in parts.items()}
         return injected
 
     def forward(self, input_ids, attention_mask, labels, task, label_smoothing=0.0, features=None):
@@ -446,16 +447,16 @@ class LearnedWeights(nn.Module):
             prefixes.append(p.permute(2, 1, 3, 0, 4))               # [2, layers, H, N, K]
         return torch.cat(prefixes, 1)[:, :, None].unbind()
 
-    def forward(self, task):
+    def forward(self, task, dtype):
         """Name of a task -> {site: its tensors}, as Hypernetworks gives them."""
         owner = task if task in self.owners else "all"
         weights = {}
         if self.attentions:
-            weights |= split_by_site(self.attentions, self.prefixes(owner))
+            weights |= split_by_site(self.attentions, self.prefixes(owner), dtype)
         if self.ffns:
             tensors = [self.down[owner], self.down_bias[owner], self.up[owner],
                        self.up_bias[owner], self.scale.expand(len(self.ffns))]
-            weights |= split_by_site(self.ffns, tensors)
+            weights |= split_by_site(self.ffns, tensors, dtype)
         return weights
 
 

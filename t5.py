@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import urllib.request
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -85,10 +85,10 @@ class T5Config:
         for key, values in accepted.items():
             if found.get(key, values[0]) not in values:
                 raise ValueError(f"{path}: {key}: found {found[key]!r}, expected one of {values}")
-        sizes = [field.name for field in fields(cls)[:5]]
-        if missing := [name for name in sizes if name not in found]:
-            raise ValueError(f"{path}: found no {', '.join(missing)}")
-        return cls(**{key: found[key] for key in found if key in cls.__annotations__})
+        missing = {"d_model", "d_kv", "d_ff", "num_layers", "num_heads"} - found.keys()
+        if missing:
+            raise ValueError(f"{path}: found no {', '.join(sorted(missing))}")
+        return cls(**{key: found[key] for key in found.keys() & cls.__annotations__})
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -103,13 +103,15 @@ class Tokenizer:
     def __init__(self, path):
         try:
             self.pieces = SentencePieceProcessor(model_proto=Path(path).read_bytes())
-            special = [self.pieces.id_to_piece(i) for i in range(3)]
-        except (RuntimeError, IndexError):
+            self.names = [self.pieces.id_to_piece(i) for i in range(len(self.pieces))]
+        except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
+        special = self.names[:3]
         if special != ["<pad>", "</s>", "<unk>"]:
             raise ValueError(f"{path}: ids 0 to 2 are {special}, expected <pad>, </s>, <unk>")
+        self.names += [f" <extra_id_{i}>" for i in reversed(range(100))]
         # The id of <extra_id_0>.
-        self.largest_id = len(self.pieces) + 99
+        self.largest_id = len(self.names) - 1
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
@@ -128,13 +130,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids, with or without pad and eos -> text. Ids that stand for nothing are left out."""
-        pieces = []
-        for i in map(int, ids):
-            if EOS < i < len(self.pieces):
-                pieces.append(self.pieces.id_to_piece(i))
-            elif len(self.pieces) <= i <= self.largest_id:
-                pieces.append(f" <extra_id_{self.largest_id - i}>")
-        return self.pieces.decode(pieces).strip()
+        names = [self.names[i] for i in ids if EOS < i <= self.largest_id]
+        return self.pieces.decode(names).strip()
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -192,27 +189,23 @@ class Attention(nn.Module):
     def split(self, x):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, S, K]
 
-    def keys_values(self, source, sites, cache):
-        earlier = cache.get(self.site)
-        if earlier and self.site[0] == DECODER_CROSS:
-            return earlier
-
-        k = self.split(self.k(source))
-        v = self.split(self.v(source))
-        if earlier:
-            # The prefix stands in front of the earlier ones already.
-            k = torch.cat([earlier[0], k], 2)
-            v = torch.cat([earlier[1], v], 2)
-        elif self.site in sites:
-            # This is seam 1: a prefix extends the keys and values.
-            k, v = sites[self.site](k, v)  # [B, H, N+S, K]
-        cache[self.site] = (k, v)
-        return k, v
-
     def forward(self, u, source, mask, sites, cache):
         """u [B, T, D] attends to source [B, S, D] -> [B, T, D]. mask is added to the scores."""
         q = self.split(self.q(u))  # [B, H, T, K]
-        k, v = self.keys_values(source, sites, cache)
+        earlier = cache.get(self.site)
+        if earlier and self.site[0] == DECODER_CROSS:
+            k, v = earlier
+        else:
+            k = self.split(self.k(source))
+            v = self.split(self.v(source))
+            if earlier:
+                # The prefix stands in front of the earlier ones already.
+                k = torch.cat([earlier[0], k], 2)
+                v = torch.cat([earlier[1], v], 2)
+            elif self.site in sites:
+                # This is seam 1: a prefix extends the keys and values.
+                k, v = sites[self.site](k, v)  # [B, H, N+S, K]
+            cache[self.site] = (k, v)
 
         # T5 does not divide the scores by sqrt(K). Written out, attention is faster on a CPU.
         if u.device.type == "cpu":
@@ -287,12 +280,12 @@ def relative_bucket(distance, is_decoder, config):
     buckets = config.relative_attention_num_buckets
     first = 0
     if is_decoder:
-        distance = (-distance).clamp(min=0)
+        distance = distance.clamp(max=0)
     else:
         buckets = buckets // 2
         first = buckets * (distance > 0)
-        distance = distance.abs()
 
+    distance = distance.abs()
     exact = buckets // 2
     growth = math.log(config.relative_attention_max_distance / exact) / (buckets - exact)
     far = exact + (torch.log(distance.clamp(min=1) / exact) / growth).long()
@@ -329,23 +322,23 @@ class Stack(nn.Module):
         The decoder gets the memory [B, S, D], and fills `cache`, a dict that is empty at first.
         """
         sites = sites or {}
-        first_site = self.blocks[0].self_attention.site
-        prefix_length = getattr(sites.get(first_site), "length", 0)
-        past = cache[first_site][0].size(2) - prefix_length if cache else 0
+        cache = {} if cache is None else cache
+        self_site = self.blocks[0].self_attention.site
+        prefix = getattr(sites.get(self_site), "length", 0)
+        memory_prefix = getattr(sites.get((DECODER_CROSS, 0)), "length", 0)
+        past = cache[self_site][0].size(2) - prefix if cache else 0
 
-        # One mask serves all layers. The position bias of a prefix is 0.
-        bias = self.position_bias(x.size(1), past)
-        mask = F.pad(bias, (prefix_length, 0)).to(x.dtype)  # [1, H, T, N+past+T]
-        if self.is_decoder:
-            prefix_length = getattr(sites.get((DECODER_CROSS, 0)), "length", 0)
-        padding = (1 - attention_mask.to(x.dtype)) * MASKED
-        padding = F.pad(padding, (prefix_length, 0))[:, None, None]  # [B, 1, 1, N+S]
+        # One mask serves all layers. A prefix has no position bias and is never masked.
+        mask = self.position_bias(x.size(1), past).to(x.dtype)  # [1, H, T, past+T]
+        padding = (1 - attention_mask.to(x.dtype))[:, None, None] * MASKED  # [B, 1, 1, S]
         if not self.is_decoder:
             mask = mask + padding
+        mask = F.pad(mask, (prefix, 0))  # [1 or B, H, T, N+past+T]
+        padding = F.pad(padding, (memory_prefix, 0))  # [B, 1, 1, N+S]
 
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, mask, memory, padding, sites, {} if cache is None else cache)
+            x = block(x, mask, memory, padding, sites, cache)
         return self.dropout(self.norm(x))
 
 
@@ -388,9 +381,8 @@ class T5(nn.Module):
     def forward(self, input_ids, attention_mask, labels, sites=None, front=None,
                 label_smoothing=0.0):
         """labels [B, T], -100 for no loss -> logits [B, T, vocabulary], mean loss per token."""
-        # The decoder reads pad, then the labels that precede the one to predict.
-        shifted = F.pad(labels, (1, -1), value=PAD)
-        shifted = shifted.masked_fill(shifted == -100, PAD)
+        # The decoder reads pad, then the labels that precede the one to predict; -100 becomes pad.
+        shifted = F.pad(labels, (1, -1), value=PAD).clamp(min=PAD)
         memory, attention_mask = self.encode(input_ids, attention_mask, sites, front)
         logits = self.decode(shifted, memory, attention_mask, sites)
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100,
@@ -406,35 +398,36 @@ class T5(nn.Module):
         finished outputs are at least as good as its best running beam."""
         memory, attention_mask = self.encode(input_ids, attention_mask, sites, front)
         cache = {}
-        # The start token is the only beam of the first step.
-        ids = torch.full_like(input_ids[:, :1], PAD)  # [B * beams, 1+t]
+        # All outputs have a column for each token. The start token is the only beam at first.
+        ids = input_ids.new_full((len(input_ids), 1, 1 + max_new_tokens), PAD)  # [B, beams, 1+max]
         rows = torch.arange(len(ids), device=ids.device)[:, None]  # [B, 1]
-        score = torch.zeros_like(ids, dtype=torch.float32)  # [B, beams]
-        finished = ids.new_full((len(ids), num_beams, 1 + max_new_tokens), PAD)
-        finished_score = score.new_full((len(ids), num_beams), MASKED)
-        settled = torch.zeros_like(ids, dtype=torch.bool)
+        score = torch.zeros_like(rows, dtype=torch.float32)  # [B, beams]
+        finished = ids.repeat(1, num_beams, 1)
+        finished_score = score.repeat(1, num_beams) + MASKED
+        settled = torch.zeros_like(rows, dtype=torch.bool)
 
         for length in range(1, max_new_tokens + 1):
-            logits = self.decode(ids[:, -1:], memory, attention_mask, sites, cache)
+            newest = ids[:, :, length - 1].reshape(-1, 1)  # [B * beams, 1]
+            logits = self.decode(newest, memory, attention_mask, sites, cache)
             total = score[:, :, None] + logits.float().log_softmax(-1).view(*score.shape, -1)
             # Take twice as many candidates as beams, because half of them may end here.
             best, index = total.flatten(1).topk(2 * num_beams)
-            parent = rows * total.size(1) + index // total.size(2)
-            token = index[:, :, None] % total.size(2)
-            candidate = torch.cat([ids[parent], token], 2)  # [B, 2 * beams, 1+t]
-            ended = (candidate[:, :, -1] == EOS) | (length == max_new_tokens)
+            parent = index // total.size(2)
+            token = index % total.size(2)
+            candidate = ids[rows, parent]  # [B, 2 * beams, 1+max]
+            candidate[:, :, length] = token
+            ended = (token == EOS) | (length == max_new_tokens)
             # Of the best num_beams candidates, those that ended compete with the finished ones.
             end_score = (best / length).masked_fill(~ended | settled, MASKED)[:, :num_beams]
-            padded = F.pad(candidate, (0, max_new_tokens - length), value=PAD)
             finished_score, kept = torch.cat([finished_score, end_score], 1).topk(num_beams)
-            finished = torch.cat([finished, padded], 1)[rows, kept]
+            finished = torch.cat([finished, candidate], 1)[rows, kept]
 
             score, kept = best.masked_fill(ended, MASKED).topk(num_beams)
             settled |= score[:, :1] / length <= finished_score[:, -1:]
             if settled.all():
                 break
-            ids = candidate[rows, kept].flatten(0, 1)
-            order = parent[rows, kept].flatten()
+            ids = candidate[rows, kept]
+            order = (rows * total.size(1) + parent)[rows, kept].flatten()
             attention_mask = attention_mask[order]
             reorder(cache, order, length)
         return finished[:, 0, 1:length + 1]
@@ -451,8 +444,8 @@ class T5(nn.Module):
         path, tensors = read_weights(folder)
 
         def is_ignored(name):
-            is_copy = name in COPIES and tensors[name].equal(tensors["shared.weight"])
-            return is_copy or name == STRAY
+            # Some files hold copies of the embedding, also under the name of the head.
+            return name == STRAY or tensors[name].equal(tensors["shared.weight"])
 
         load_weights(model, tensors, path, public_name, is_ignored)
         return model.eval()
@@ -471,8 +464,6 @@ def reorder(cache, order, length):
 # Kinds of weights, from the best to the oldest. An index names the files of a split checkpoint.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
-# Copies of shared.weight that some files hold. The last one is a copy in tied models only.
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 # A relic of old conversions that no model uses.
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 # Our names -> public ones. The FFN is layer 1 of an encoder block and layer 2 of a decoder block.
@@ -504,34 +495,15 @@ def read_json(path):
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def weight_files(folder, weights=WEIGHTS):
+def weight_files(folder, weights):
     """The files of the first kind of weights that a folder has; none where it has no weights."""
-    for path in (Path(folder) / name for name in weights):
-        if path.is_file() and path.suffix == ".json":
-            shards = set(read_json(path)["weight_map"].values())
-            return [path.with_name(name) for name in sorted(shards)]
+    for path in (folder / name for name in weights):
         if path.is_file():
-            return [path]
+            if path.suffix != ".json":
+                return [path]
+            shards = set(read_json(path)["weight_map"].values())
+            return [folder / shard for shard in sorted(shards)]
     return []
-
-
-def read_file(path):
-    """A .safetensors or .bin file -> {name: tensor}. Raises ValueError where it is damaged."""
-    try:
-        if path.suffix == ".bin":
-            return torch.load(path, "cpu", weights_only=True)
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            # Of a tensor with two names, the file holds one: {the other name: the stored one}.
-            for alias, stored in (file.metadata() or {}).items():
-                if stored in tensors:
-                    tensors.setdefault(alias, tensors[stored])
-            return tensors
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a whole file of weights ({reason})") from None
 
 
 def read_weights(folder, weights=WEIGHTS):
@@ -539,35 +511,50 @@ def read_weights(folder, weights=WEIGHTS):
 
     Raises FileNotFoundError, or ValueError for a damaged file.
     """
+    tensors = {}
+    aliases = {}
     files = weight_files(folder, weights)
     if not files:
         raise FileNotFoundError(f"{folder}: no weights, expected one of {', '.join(weights)}")
-    tensors = {}
     for path in files:
-        tensors |= read_file(path)
+        try:
+            if path.suffix == ".bin":
+                tensors |= torch.load(path, "cpu", weights_only=True)
+                continue
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+                aliases |= file.metadata() or {}
+        except Exception as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{path}: not a whole file of weights ({reason})") from None
+    # Of a tensor with two names, a file holds one: {the other name: the stored one}.
+    for alias in aliases.keys() - tensors.keys():
+        if aliases[alias] in tensors:
+            tensors[alias] = tensors[aliases[alias]]
     return files[0], tensors
 
 
-def load_weights(model, tensors, path, rename=lambda name: name, ignored=lambda name: False):
+def load_weights(model, tensors, path, rename, ignored):
     """Give a model its tensors, as float32. Raises ValueError for the first that does not fit.
 
     rename: our name -> the public one. ignored: whether an unknown public name may be there.
     """
     state = model.state_dict()
-    names = {rename(ours): ours for ours in state}
-    missing = names.keys() - tensors.keys()
-    if missing:
-        raise ValueError(f"{path}: tensor {min(missing)} is missing")
-    for name, tensor in tensors.items():
-        if name in names:
-            found, expected = list(tensor.shape), list(state[names[name]].shape)
-            if found != expected:
-                raise ValueError(f"{path}: tensor {name} has shape {found}, expected {expected}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{path}: tensor {name} holds numbers that are not finite")
-            # A copy, because the tensors of a file may be mapped from it.
-            state[names[name]] = tensor.to(torch.float32, copy=True)
-        elif not ignored(name):
+    unknown = tensors.keys() - map(rename, state)
+    for ours, expected in state.items():
+        name = rename(ours)
+        if name not in tensors:
+            raise ValueError(f"{path}: tensor {name} is missing")
+        tensor = tensors[name]
+        if tensor.shape != expected.shape:
+            shapes = f"{list(tensor.shape)}, expected {list(expected.shape)}"
+            raise ValueError(f"{path}: tensor {name} has shape {shapes}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: tensor {name} holds numbers that are not finite")
+        # A copy, because the tensors of a file may be mapped from it.
+        state[ours] = tensor.to(torch.float32, copy=True)
+    for name in unknown:
+        if not ignored(name):
             raise ValueError(f"{path}: tensor {name} is unknown")
     model.load_state_dict(state, assign=True)
 

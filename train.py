@@ -108,8 +108,8 @@ def make_parser():
     add("--method", choices=METHODS, default="hyperpelt", metavar="NAME", help=", ".join(METHODS))
     add("--vision", choices=[*VISION, "shuffled"], default="both", metavar="MODE",
         help="what images give: both, prefix, adapter, tokens; shuffled: both, of another image")
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE",
-        help="of HyperPELTConfig, such as prefix_length=20 hyper_norm=true")
+    add("--set", nargs="+", default=[], metavar="X=Y",
+        help="fields of HyperPELTConfig, such as prefix_length=20 hyper_norm=true")
     add("--init-from", default="", metavar="RUN", help="start from what RUN has trained")
     add("--init-task", default="", metavar="TASK",
         help="task of that run whose embedding initialises the new tasks")
@@ -837,6 +837,8 @@ def export(run):
     norms = {name: tensor for name, tensor in trained if name.startswith("t5.")}
     metadata = {"backbone": run.record["hashes"]["backbone"]}
     Path(run.args.export).mkdir(parents=True, exist_ok=True)
+    # As they are generated, not as a bfloat16 run uses them.
+    run.model.t5.dtype = torch.float32
     for task in [task for task in run.tasks.values() if not task.is_visual]:
         tensors = dict(norms)
         for (block, layer), weights in run.model.generate_weights(task.name).items():
@@ -922,7 +924,8 @@ def run_once(args):
     """One run: train it, or use it."""
     run = load_run(args)
     trained, total = run.record["trained_parameters"], run.record["backbone_parameters"]
-    print(f"{Path(args.model).name} ({total / 1e6:.1f} M parameters), data in {args.data_dir}")
+    print(f"{Path(args.model).name} ({total / 1e6:.1f} M parameters),"
+          f" data in {Path(args.data_dir).name}")
     for name, by_split in run.splits.items():
         sizes = [f"{split} {len(examples):,}" for split, examples in by_split.items()]
         print(f"{name}: {', '.join(sizes)}")
