@@ -270,10 +270,13 @@ def load_encoder(name_or_folder):
             "(config.json: hidden_act quick_gelu or gelu) or a ResNet in the names of open_clip"
         ) from None
 
-    def public_name(name):
-        return encoder.prefix + name
-
-    load_weights(encoder, tensors, path, public_name, lambda name: name.startswith(UNUSED))
+    load_weights(
+        encoder,
+        tensors,
+        path,
+        lambda name: encoder.prefix + name,
+        lambda name: name.startswith(UNUSED),
+    )
     return encoder.requires_grad_(False).eval(), path
 
 
@@ -287,7 +290,7 @@ def resnet_sizes(tensors):
 
 # ---- preprocessing -------------------------------------------------------------------------------
 
-def read_preprocessing(folder, trained_size, size=None, squash=False):
+def read_preprocessing(folder, trained_size, size, squash):
     """preprocessor_config.json, if there is one -> dict of what happens to each image.
 
     Raises ValueError for a key that asks for anything else, unless `size` or `squash` overrules it.
@@ -348,12 +351,9 @@ def normalise(pixels, mean=MEAN, std=STD):
 
 # ---- images --------------------------------------------------------------------------------------
 
-class BrokenImage(OSError):
-    """An image that cannot be decoded, or whose features are too large for float16."""
-
-
 def decode(path):
-    """An image file -> uint8 RGB [height, width, 3]. Raises BrokenImage."""
+    """An image file -> uint8 RGB [height, width, 3], "". A broken image is black, and instead of ""
+    comes what is wrong with it."""
     from PIL import Image
 
     # A disk that fails is not a broken image, so the file is read before it is decoded.
@@ -362,19 +362,19 @@ def decode(path):
         image = Image.open(content)
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits for a colour would be cut off at 255")
-        return np.array(image.convert("RGB"))
+        return np.array(image.convert("RGB")), ""
     except MemoryError:
         raise
     except Exception as error:
         # Decoders raise nearly every kind of exception.
-        reason = type(error).__name__
-        raise BrokenImage(f"{path}: cannot be decoded to 8 bits a colour ({reason})") from None
+        problem = f"{path}: cannot be decoded to 8 bits a colour ({type(error).__name__})"
+        return np.zeros((1, 1, 3), np.uint8), problem
 
 
 class Images:
     """The images of a folder, or of an .npy file of uint8 [images, height, width, 3].
 
-    An item is (uint8 [3, size, size], what is wrong with the image or ""). A broken one is black.
+    An item is (uint8 [3, size, size], what is wrong with the image or "").
     """
 
     def __init__(self, source, ids_file, size, squash):
@@ -385,32 +385,30 @@ class Images:
             import PIL  # noqa: F401
 
             suffixes = (".jpg", ".jpeg", ".png")
-            files = [path for path in source.iterdir() if path.suffix.lower() in suffixes]
-            self.images = sorted(files)
+            self.images = [path for path in source.iterdir() if path.suffix.lower() in suffixes]
+            self.images.sort()
             ids = [re.sub(COCO_NAME, "", path.stem) for path in self.images]
-            self.ids = check_ids(ids, len(files), source)
+            ids_file = source
         else:
             self.images = open_array(source, np.uint8, 4)
             ids_file = ids_file or source.with_suffix(".json")
-            self.ids = check_ids(read_json(ids_file), len(self.images), ids_file)
+            ids = read_json(ids_file)
+        self.ids = check_ids(ids, self.images, ids_file)
 
     def __getitem__(self, index):
-        image = self.images[index]
+        pixels = self.images[index]
         problem = ""
-        try:
-            pixels = decode(image) if isinstance(image, Path) else image
-        except BrokenImage as error:
-            pixels = np.zeros((1, 1, 3), np.uint8)
-            problem = str(error)
+        if isinstance(pixels, Path):
+            pixels, problem = decode(pixels)
         return preprocess(pixels, self.size, self.squash), problem
 
 
-def check_ids(ids, count, path):
-    """The ids of `count` images -> list of strings. Raises ValueError unless all are different."""
-    ids = [str(image_id) for image_id in ids]
-    if not count or len(ids) != count or len(set(ids)) != count:
+def check_ids(ids, images, path):
+    """One id for each image -> list of strings. Raises ValueError unless all are different."""
+    ids = list(map(str, ids))
+    if not ids or not len(images) == len(ids) == len(set(ids)):
         raise ValueError(
-            f"{path}: found {len(ids)} ids for {count} images, the most frequent "
+            f"{path}: found {len(ids)} ids for {len(images)} images, the most frequent "
             f"{Counter(ids).most_common(1)}, expected a different id for each image"
         )
     return ids
@@ -440,10 +438,9 @@ def load_features(path):
     features = open_array(path, np.float16, 3)
     about_path = Path(path).with_suffix(".json")
     about = read_json(about_path)
-    rows = {}
-    for row, image_id in enumerate(check_ids(about["ids"], len(features), about_path)):
-        if image_id not in about.get("skipped", []):
-            rows[image_id] = row
+    ids = check_ids(about["ids"], features, about_path)
+    skipped = about.get("skipped", [])
+    rows = {image_id: row for row, image_id in enumerate(ids) if image_id not in skipped}
     return features, rows, about
 
 
@@ -451,7 +448,7 @@ def write_json(path, content):
     """Write a file that is either whole or not there."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w") as file:
-        file.write(json.dumps(content))
+        json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -518,24 +515,24 @@ def extract(args, encoder, loader, rows, about):
         signal.signal(number, lambda number, frame: stop.append(number))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
-    mean = about["preprocessing"]["mean"]
-    std = about["preprocessing"]["std"]
+    colours = about["preprocessing"]["mean"], about["preprocessing"]["std"]
+    part = args.out.with_suffix(".part.npy")
     progress = args.out.with_suffix(".part.json")
 
     for pixels, problems in tqdm(loader, unit=" batches", disable=None):
         done = about["done"]
         for row, problem in enumerate(problems, done):
             if problem and not args.skip_broken:
-                raise BrokenImage(f"{problem}; --skip-broken leaves such images out")
+                raise ValueError(f"{problem}; --skip-broken leaves such images out")
             if problem:
                 about["skipped"].append(about["ids"][row])
-        features = encoder(normalise(pixels.to(device), mean, std)).half()
+        features = encoder(normalise(pixels.to(device), *colours)).half()
         if not features.isfinite().all():
-            raise BrokenImage(f"images from {about['ids'][done]} on: a feature is not finite")
+            raise ValueError(f"images from {about['ids'][done]} on: a feature is not finite")
 
         # A write to a full disk is an error that can be reported; a memory map would crash.
         # The rows are on the disk before their number is.
-        with open(args.out.with_suffix(".part.npy"), "r+b") as file:
+        with open(part, "r+b") as file:
             file.seek(rows[:done].nbytes + rows.offset)
             file.write(features.cpu().numpy().tobytes())
             file.flush()
@@ -547,7 +544,7 @@ def extract(args, encoder, loader, rows, about):
             sys.exit(128 + stop[0])
 
     write_json(args.out.with_suffix(".json"), about)
-    os.replace(args.out.with_suffix(".part.npy"), args.out)
+    os.replace(part, args.out)
     progress.unlink()
     print(f"{args.out}: float16 {list(rows.shape)}, {len(about['skipped'])} images left out")
 
@@ -570,12 +567,8 @@ def main():
     add("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
     args = parser.parse_args()
     try:
-        job = prepare(args)
+        extract(args, *prepare(args))
     except (OSError, ValueError, ImportError) as error:
-        parser.error(error)
-    try:
-        extract(args, *job)
-    except OSError as error:
         parser.error(error)
 
 

@@ -36,7 +36,6 @@ from safetensors import SafetensorError
 
 # ---- tasks and examples --------------------------------------------------------------------------
 
-
 def pairs(text):
     """Return {"a": "b", "c": "c"} of "a=b, c", the notation of the tables below."""
     items = [item.partition("=") for item in text.split(", ") if item]
@@ -63,8 +62,8 @@ class Task:
     metrics: tuple = ("accuracy",)
     # "split=file". A file of the split "test" may be absent.
     files: dict = "train=train.tsv, validation=dev.tsv"
-    # (task, folder, protocol) -> {split: [Example]}, where it is not read_official.
-    read: Callable = None
+    # "file that the evaluation server takes=test file without labels".
+    submission: dict = ""
     # "file=address" of the official files, in the order of the downloads. Empty: there are none.
     urls: dict = ""
     # The first part of the source text of an image task. Text tasks have none.
@@ -77,8 +76,8 @@ class Task:
         self.fields = pairs(self.fields)
         self.labels = pairs(self.labels)
         self.files = pairs(self.files)
+        self.submission = pairs(self.submission)
         self.urls = pairs(self.urls)
-        self.read = self.read or read_official
         self.is_visual = bool(self.prompt)
         # The parts of a source text that stand before the texts of the fields.
         self.prompts = [f"{name}:" for name in self.fields]
@@ -120,7 +119,6 @@ class Example:
 
 # ---- errors --------------------------------------------------------------------------------------
 
-
 class UserError(Exception):
     """A mistake that the user can mend: one line with the place, what was found and expected."""
 
@@ -155,7 +153,7 @@ def reading(place):
 
 # ---- file formats --------------------------------------------------------------------------------
 # A format is a function (path, at) that yields the rows of a file as {column: cell}. `at` is what
-# `reading` yields. "index", "image" and "split" of a row are those of its example.
+# `reading` yields. "index", "image", "split" and "kind" of a row are its example's.
 
 
 def read_lines(path, at, encoding="utf-8"):
@@ -283,8 +281,8 @@ def read_vqa(path, at):
     with reading(annotated) as place:
         for _, row in read_json(annotated, place, "annotations"):
             answers = tuple(answer["answer"] for answer in row["answers"])
-            label = {"label": answers, "kind": sys.intern(row["answer_type"])}
-            labels[str(row["question_id"])] = label
+            kind = sys.intern(row["answer_type"])
+            labels[str(row["question_id"])] = {"label": answers, "kind": kind}
 
     for row in read_questions(path, at):
         if row["index"] not in labels:
@@ -317,8 +315,6 @@ def read_karpathy(path, at):
 
 
 # ---- readers -------------------------------------------------------------------------------------
-# A reader is a function (task, folder, protocol) that returns {split: [Example]}.
-
 
 HINT = "--download fetches the files of GLUE, CB and BoolQ; other files must be put there by hand"
 
@@ -334,9 +330,35 @@ def find_files(task, folder):
     return paths
 
 
-def read_official(task, folder, protocol="official"):
-    """Read a task that has a file for each split."""
-    return read_files(task, find_files(task, folder), task.rows)
+def read_task(task, folder, protocol):
+    """Read the files of a task, or those that stand in for them. Return {split: [Example]}.
+
+    With protocol "paper", VQAv2 and captions have Karpathy's splits [X] if dataset_coco.json is
+    found in the task's folder, above it, or in a folder COCO there.
+    """
+    if task.name == "mrpc" and not (folder / "train.tsv").exists():
+        return read_files(task, {"train": folder / MRPC_SOURCE}, split_mrpc)
+    karpathy = []
+    if protocol == "paper" and task.name in ("vqa", "caption"):
+        names = ("dataset_coco.json", "COCO/dataset_coco.json")
+        paths = [place / name for place in (folder, folder.parent) for name in names]
+        karpathy = [path for path in paths if path.exists()]
+    if karpathy and task.name == "caption":
+        return read_files(task, {"train": karpathy[0]}, read_karpathy)
+    splits = read_files(task, find_files(task, folder), task.rows)
+    return split_by_image(splits, karpathy[0]) if karpathy else splits
+
+
+def split_by_image(splits, path):
+    """Pool training and validation examples, and split them as Karpathy's file splits images."""
+    examples = splits["train"] + splits["validation"]
+    splits = {split: [] for split in KARPATHY.values()}
+    with reading(path) as at:
+        split_of = {row["image"]: row["split"] for row in read_karpathy(path, at)}
+    with reading(path):
+        for example in examples:
+            splits[split_of[example.image]].append(example)
+    return splits
 
 
 def read_files(task, paths, rows, labelled=True):
@@ -360,8 +382,8 @@ def make_example(task, row, number, labelled):
     parts = source_parts(task, texts)
     index = row.get("index", str(number))
     gold, target, targets = read_label(task, row[task.column]) if labelled else (None, "", ())
-    image, kind = row.get("image"), row.get("kind", "")
-    return Example(parts, target, gold, index, image, targets, kind)
+    kind = row.get("kind", "")
+    return Example(parts, target, gold, index, row.get("image"), targets, kind)
 
 
 def read_label(task, label):
@@ -401,14 +423,6 @@ MRPC_SOURCE = "msr_paraphrase_train.txt"
 MRPC_IDS = "mrpc_dev_ids.tsv"
 
 
-def read_mrpc(task, folder, protocol):
-    """Read train.tsv and dev.tsv, or else the source of both."""
-    source = folder / MRPC_SOURCE
-    if not source.exists() or (folder / "train.tsv").exists():
-        return read_official(task, folder)
-    return read_files(task, {"train": source}, split_mrpc)
-
-
 def split_mrpc(path, at):
     """Read MRPC's own source. GLUE lists the pairs of ids that are its validation set."""
     rows = {f"{row['#1 ID']}\t{row['#2 ID']}": row for row in read_tsv(path, at)}
@@ -418,33 +432,10 @@ def split_mrpc(path, at):
     else:
         note = "408 examples drawn with seed 42 stand in for GLUE's validation set"
         print(f"note: {ids} is not there: {note}", file=sys.stderr)
-        drawn = permutation(len(rows))[:408]
-        held_out = [list(rows)[number] for number in drawn]
-    for pair, row in rows.items():
-        yield {**row, "split": "validation" if pair in held_out else "train"}
-
-
-def read_coco(task, folder, protocol):
-    """Read VQAv2 or captions. With protocol "paper", use Karpathy's splits [X] if they are found.
-
-    They are in dataset_coco.json, in the task's folder, above it, or in a folder COCO there.
-    """
-    names = ("dataset_coco.json", "COCO/dataset_coco.json")
-    paths = [place / name for place in (folder, folder.parent) for name in names]
-    found = [path for path in paths if path.exists()]
-    if protocol == "official" or not found:
-        return read_official(task, folder)
-    if task.name == "caption":
-        return read_files(task, {"train": found[0]}, read_karpathy)
-
-    # Both files of VQAv2 are pooled and split by image.
-    splits = read_official(task, folder)
-    pooled = {"train": [], "validation": [], "test": []}
-    with reading(found[0]) as at:
-        split_of = {row["image"]: row["split"] for row in read_karpathy(found[0], at)}
-        for example in splits["train"] + splits["validation"]:
-            pooled[split_of[example.image]].append(example)
-    return pooled
+        keys = list(rows)
+        held_out = [keys[number] for number in permutation(len(keys))[:408]]
+    for key, row in rows.items():
+        yield {**row, "split": "validation" if key in held_out else "train"}
 
 
 # ---- the table of tasks --------------------------------------------------------------------------
@@ -457,44 +448,47 @@ TASK_LIST = [
     Task(
         "cola", "CoLA", partial(read_tsv, names=("source", "label", "original", "sentence")),
         "sentence", "0=unacceptable, 1=acceptable", metrics=("matthews",),
-        urls=f"official.zip={GLUE_URL}CoLA.zip"
+        submission="CoLA.tsv=test.tsv", urls=f"official.zip={GLUE_URL}CoLA.zip"
     ),
     Task(
         "sst2", "SST-2", read_tsv, "sentence", "0=negative, 1=positive",
-        urls=f"official.zip={GLUE_URL}SST-2.zip"
+        submission="SST-2.tsv=test.tsv", urls=f"official.zip={GLUE_URL}SST-2.zip"
     ),
     Task(
         "mrpc", "MRPC", read_tsv, "sentence1=#1 String, sentence2=#2 String",
-        "0=not_equivalent, 1=equivalent", "Quality", ("accuracy", "f1"), read=read_mrpc,
+        "0=not_equivalent, 1=equivalent", "Quality", ("accuracy", "f1"),
+        submission="MRPC.tsv=test.tsv",
         urls=f"{MRPC_SOURCE}={MRPC_URL}{MRPC_SOURCE}, "
         f"test.tsv={MRPC_URL}msr_paraphrase_test.txt, {MRPC_IDS}={GLUE_URL}{MRPC_IDS}"
     ),
     Task(
         "qqp", "QQP", partial(read_tsv, short_lines=True), "question1, question2",
         "0=not_duplicate, 1=duplicate", "is_duplicate", ("accuracy", "f1"),
-        urls=f"official.zip={GLUE_URL}QQP-clean.zip"
+        submission="QQP.tsv=test.tsv", urls=f"official.zip={GLUE_URL}QQP-clean.zip"
     ),
     Task(
         "stsb", "STS-B", read_tsv, "sentence1, sentence2", column="score",
-        metrics=("pearson", "spearman"), urls=f"official.zip={GLUE_URL}STS-B.zip"
+        metrics=("pearson", "spearman"),
+        submission="STS-B.tsv=test.tsv", urls=f"official.zip={GLUE_URL}STS-B.zip"
     ),
     Task(
         "mnli", "MNLI", read_tsv, "hypothesis=sentence2, premise=sentence1",
         "entailment, neutral, contradiction", "gold_label",
         files="train=train.tsv, validation=dev_matched.tsv, mismatched=dev_mismatched.tsv",
+        submission="MNLI-m.tsv=test_matched.tsv, MNLI-mm.tsv=test_mismatched.tsv",
         urls=f"official.zip={GLUE_URL}MNLI.zip"
     ),
     Task(
         "qnli", "QNLI", read_tsv, "question, sentence", "entailment, not_entailment",
-        urls=f"official.zip={GLUE_URL}QNLIv2.zip"
+        submission="QNLI.tsv=test.tsv", urls=f"official.zip={GLUE_URL}QNLIv2.zip"
     ),
     Task(
         "rte", "RTE", read_tsv, "sentence1, sentence2", "entailment, not_entailment",
-        urls=f"official.zip={GLUE_URL}RTE.zip"
+        submission="RTE.tsv=test.tsv", urls=f"official.zip={GLUE_URL}RTE.zip"
     ),
     Task(
         "wnli", "WNLI", read_tsv, "sentence1, sentence2", "0=not_entailment, 1=entailment",
-        urls=f"official.zip={GLUE_URL}WNLI.zip"
+        submission="WNLI.tsv=test.tsv", urls=f"official.zip={GLUE_URL}WNLI.zip"
     ),
     # The paper's transfer tasks [P; TREC second-hand]. The formats of cb and boolq are T5's [X],
     # those of the other three are ours [C].
@@ -504,7 +498,8 @@ TASK_LIST = [
     ),
     Task(
         "boolq", "BoolQ", read_json_lines, "passage, question", "False, True",
-        files="train=train.jsonl, validation=val.jsonl", urls=f"official.zip={SUPERGLUE_URL}BoolQ.zip"
+        files="train=train.jsonl, validation=val.jsonl",
+        urls=f"official.zip={SUPERGLUE_URL}BoolQ.zip"
     ),
     Task(
         "imdb", "aclImdb", read_imdb, "sentence=text", "neg=negative, pos=positive",
@@ -521,9 +516,11 @@ TASK_LIST = [
     ),
     # The prompts of vqa, gqa and caption, and five beams, are VL-T5's [X]; the others are ours [C].
     Task(
-        "vqa", "VQAv2", read_vqa, "question", prompt="vqa:", read=read_coco,
+        "vqa", "VQAv2", read_vqa, "question", prompt="vqa:",
         files="train=v2_OpenEnded_mscoco_train2014_questions.json, "
-        "validation=v2_OpenEnded_mscoco_val2014_questions.json"
+        "validation=v2_OpenEnded_mscoco_val2014_questions.json",
+        submission="test2015-VQAv2.json=v2_OpenEnded_mscoco_test2015_questions.json, "
+        "test-dev2015-VQAv2.json=v2_OpenEnded_mscoco_test-dev2015_questions.json"
     ),
     Task(
         "gqa", "GQA", read_gqa, "question", prompt="gqa:",
@@ -538,7 +535,7 @@ TASK_LIST = [
     Task(
         "caption", "COCO", read_official_captions, "", metrics=("cider",),
         files="train=captions_train2014.json, validation=captions_val2014.json",
-        prompt="caption:", read=read_coco, max_answer=40, beams=5
+        prompt="caption:", max_answer=40, beams=5
     ),
     Task(
         "snlive", "SNLI-VE", read_snlive, "hypothesis=sentence2",
@@ -564,7 +561,6 @@ def find_tasks(text):
 
 
 # ---- splits --------------------------------------------------------------------------------------
-
 
 def find_folder(task, data_dir):
     """Return the folder of a task's files: data_dir/RTE, data_dir/glue/RTE, data_dir/vl/VQAv2.
@@ -597,7 +593,7 @@ def make_splits(task, data_dir, protocol="paper"):
     and caption, the paper's protocol uses Karpathy's splits.
     """
     folder = find_folder(task, data_dir)
-    splits = task.read(task, folder, protocol)
+    splits = read_task(task, folder, protocol)
     if protocol == "official" or task.is_visual or "test" in splits:
         return splits
 
@@ -607,28 +603,14 @@ def make_splits(task, data_dir, protocol="paper"):
     if small:
         half = len(examples) // 2
         return splits | {"validation": shuffled[:half], "test": shuffled[half:]}
-    validation = {"validation": shuffled[:1000], "test": splits["validation"]}
-    return splits | validation | {"train": shuffled[1000:]}
-
-
-def submission_files(task):
-    """Return {file that the evaluation server takes: test file without labels}."""
-    if task.name == "mnli":
-        return {"MNLI-m.tsv": "test_matched.tsv", "MNLI-mm.tsv": "test_mismatched.tsv"}
-    if task.name == "vqa":
-        return {
-            "test2015-VQAv2.json": "v2_OpenEnded_mscoco_test2015_questions.json",
-            "test-dev2015-VQAv2.json": "v2_OpenEnded_mscoco_test-dev2015_questions.json"
-        }
-    if task.name in [*GLUE, "wnli"]:
-        return {f"{task.folder}.tsv": "test.tsv"}
-    return {}
+    held_out = {"validation": shuffled[:1000], "test": splits["validation"]}
+    return splits | held_out | {"train": shuffled[1000:]}
 
 
 def read_submission(task, data_dir):
     """Read the unlabelled test data. Return {file that the evaluation server takes: [Example]}."""
     folder = find_folder(task, data_dir)
-    files = submission_files(task).items()
+    files = task.submission.items()
     paths = {name: folder / file for name, file in files if (folder / file).exists()}
     if not paths:
         raise UserError(f"{folder}: found no test data of {task.name} for an evaluation server")
@@ -644,7 +626,6 @@ def sample_examples(examples, count, seed):
 
 
 # ---- text formats --------------------------------------------------------------------------------
-
 
 def source_parts(task, texts):
     """Interleave a task's prompts with the texts of its fields."""
@@ -951,7 +932,6 @@ def write_predictions(path, task, outputs, examples):
 
 # ---- files and downloads -------------------------------------------------------------------------
 
-
 def write_file(path, content):
     """Write bytes aside and rename, so that a reader finds the old file or the new one, whole."""
     aside = f"{path}.tmp"
@@ -982,13 +962,12 @@ def download(task, data_dir):
     archive = folder / "official.zip"
     if archive.exists():
         with reading(archive), zipfile.ZipFile(archive) as members:
-            for name in [*task.files.values(), *submission_files(task).values()]:
+            for name in [*task.files.values(), *task.submission.values()]:
                 write_file(folder / name, members.read(f"{task.folder}/{name}"))
         archive.unlink()
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
 
 def run(main):
     """Call a program's main. A user's mistake or a full memory ends in one line and code 2."""

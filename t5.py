@@ -130,7 +130,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids, with or without pad and eos -> text. Ids that stand for nothing are left out."""
-        names = [self.names[i] for i in ids if EOS < i <= self.largest_id]
+        names = [self.names[i] for i in map(int, ids) if EOS < i <= self.largest_id]
         return self.pieces.decode(names).strip()
 
 
@@ -189,23 +189,27 @@ class Attention(nn.Module):
     def split(self, x):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, S, K]
 
+    def keys_values(self, source, sites, cache):
+        earlier = cache.get(self.site)
+        if earlier and self.site[0] == DECODER_CROSS:
+            return earlier
+
+        k = self.split(self.k(source))
+        v = self.split(self.v(source))
+        if earlier:
+            # The prefix stands in front of the earlier ones already.
+            k = torch.cat([earlier[0], k], 2)
+            v = torch.cat([earlier[1], v], 2)
+        elif self.site in sites:
+            # This is seam 1: a prefix extends the keys and values.
+            k, v = sites[self.site](k, v)  # [B, H, N+S, K]
+        cache[self.site] = (k, v)
+        return k, v
+
     def forward(self, u, source, mask, sites, cache):
         """u [B, T, D] attends to source [B, S, D] -> [B, T, D]. mask is added to the scores."""
         q = self.split(self.q(u))  # [B, H, T, K]
-        earlier = cache.get(self.site)
-        if earlier and self.site[0] == DECODER_CROSS:
-            k, v = earlier
-        else:
-            k = self.split(self.k(source))
-            v = self.split(self.v(source))
-            if earlier:
-                # The prefix stands in front of the earlier ones already.
-                k = torch.cat([earlier[0], k], 2)
-                v = torch.cat([earlier[1], v], 2)
-            elif self.site in sites:
-                # This is seam 1: a prefix extends the keys and values.
-                k, v = sites[self.site](k, v)  # [B, H, N+S, K]
-            cache[self.site] = (k, v)
+        k, v = self.keys_values(source, sites, cache)
 
         # T5 does not divide the scores by sqrt(K). Written out, attention is faster on a CPU.
         if u.device.type == "cpu":
@@ -275,13 +279,11 @@ def relative_bucket(distance, is_decoder, config):
     """Key position minus query position -> number of the bucket, both [T, S].
 
     Half of the buckets hold one distance each, the others grow logarithmically. The encoder keeps
-    the upper half of all buckets for keys after the query.
+    the upper half of all buckets for keys after the query, which the decoder masks.
     """
     buckets = config.relative_attention_num_buckets
     first = 0
-    if is_decoder:
-        distance = distance.clamp(max=0)
-    else:
+    if not is_decoder:
         buckets = buckets // 2
         first = buckets * (distance > 0)
 
@@ -413,10 +415,9 @@ class T5(nn.Module):
             # Take twice as many candidates as beams, because half of them may end here.
             best, index = total.flatten(1).topk(2 * num_beams)
             parent = index // total.size(2)
-            token = index % total.size(2)
             candidate = ids[rows, parent]  # [B, 2 * beams, 1+max]
-            candidate[:, :, length] = token
-            ended = (token == EOS) | (length == max_new_tokens)
+            candidate[:, :, length] = index % total.size(2)
+            ended = (candidate[:, :, length] == EOS) | (length == max_new_tokens)
             # Of the best num_beams candidates, those that ended compete with the finished ones.
             end_score = (best / length).masked_fill(~ended | settled, MASKED)[:, :num_beams]
             finished_score, kept = torch.cat([finished_score, end_score], 1).topk(num_beams)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,12 +82,14 @@ MRPC_HEADER = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
      "human", "HUM"),
 ])
 def test_a_row_becomes_the_text_of_t5(name, header, row, source, target, gold, tmp_path):
-    """Trap 22: quotes, a byte order mark, line ends of Windows, short lines of QQP."""
+    """Trap 22: quotes, byte order mark, Windows line ends, short lines of QQP; shared strings."""
     for file in TASKS[name].files.values():
         write(tmp_path / TASKS[name].folder / file, *header, row, row, "")
     example, other = official(name, tmp_path)["train"]
     assert (example.source, example.target, example.gold) == (f"{name} {source}", target, gold)
-    assert (example.index, other.index) in (("0", "1"), ("0", "0"))
+    assert example.index == "0" and other.index == ("0" if "index" in str(header) else "1")
+    assert example.parts[0] is other.parts[0] and not hasattr(example, "__dict__")
+    assert name == "stsb" or example.gold is other.gold
 
 
 def test_texts_of_imdb_are_files_in_two_folders(tmp_path):
@@ -100,22 +103,8 @@ def test_texts_of_imdb_are_files_in_two_folders(tmp_path):
                      ("imdb sentence: Good. Really", "positive", "1")]
 
 
-def test_examples_are_light(tmp_path):
-    """A million fit into memory: no dict, and one copy of prompts, labels and answers."""
-    entry = {"question": "Is it?", "imageId": "n1", "answer": "yes or no"}
-    for file, other in (("train.tsv", "train"), ("dev.tsv", "val")):
-        rows = ["17\ta\tb\tnot_entailment", "4\ta\tb\tnot_entailment"]
-        write(tmp_path / "RTE" / file, PAIR_HEADER, *rows)
-        write(tmp_path / f"GQA/{other}_balanced_questions.json", {"1": entry, "2": entry})
-    first, second = official("rte", tmp_path)["train"]
-    assert (first.index, second.index) == ("17", "4") and not hasattr(first, "__dict__")
-    assert first.parts[0] is second.parts[0] and first.gold is second.gold
-    first, second = official("gqa", tmp_path)["train"]
-    assert first.gold is second.gold and first.targets is second.targets
-
-
 def test_mrpc_from_its_source(tmp_path, capsys):
-    """With GLUE's list of ids; without it, 408 other examples validate; train.tsv comes first."""
+    """Without GLUE's list of ids, 408 other examples validate; train.tsv comes first."""
     rows = [f"{i % 2}\t{i}\t{i + 1}\ta{i}\tb{i}" for i in range(500)]
     write(tmp_path / "MRPC/msr_paraphrase_train.txt", MRPC_HEADER, *rows)
     found = indices(official("mrpc", tmp_path))
@@ -123,17 +112,12 @@ def test_mrpc_from_its_source(tmp_path, capsys):
     assert [int(index) for index in found["train"]] == sorted(shuffled(500)[408:])
     assert re.fullmatch("note: .*mrpc_dev_ids.tsv is not there: 408 .*\n", capsys.readouterr().err)
 
-    write(tmp_path / "MRPC/mrpc_dev_ids.tsv", "2\t3", "5\t6", "1\t3", "")
-    splits = official("mrpc", tmp_path)
-    assert indices(splits)["validation"] == ["2", "5"] and len(splits["train"]) == 498
-    assert splits["validation"][1].parts[3] == "b5" and not capsys.readouterr().err
     for file in ("train.tsv", "dev.tsv"):
         write(tmp_path / "MRPC" / file, MRPC_HEADER, *["1\t1\t2\ta\tb"] * 3)
     assert sizes(official("mrpc", tmp_path)) == {"train": 3, "validation": 3}
 
 
 # ---- splits --------------------------------------------------------------------------------------
-
 
 def write_rows(name, folder, count, files=None):
     """Write examples that all differ into the official files of a text task."""
@@ -190,19 +174,16 @@ def test_large_tasks_hold_out_training_examples(count, tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "data/glue").is_dir(), reason="needs the real GLUE files")
-@pytest.mark.parametrize("name, train, validation, half", [
-    ("rte", 2490, 277, 138), ("stsb", 5749, 1500, 750), ("mrpc", 3668, 408, 204)])
-def test_real_files(name, train, validation, half):
-    task, folder = TASKS[name], SHARED / "data"
-    splits = data.make_splits(task, folder, "official")
-    assert sizes(splits) == {"train": train, "validation": validation}
-    halves = indices(data.make_splits(task, folder, "paper"))
-    assert (len(halves["train"]), len(halves["validation"])) == (train, half)
-    assert sorted(halves["validation"] + halves["test"]) == sorted(indices(splits)["validation"])
-    if name == "rte":
-        constant = data.majority(task, splits["train"], splits["validation"])
-        assert round(constant["accuracy"], 3) == 0.527
-        assert sizes(data.read_submission(task, folder)) == {"RTE.tsv": 3000}
+def test_real_files():
+    """Sizes as GLUE prints them, and the majority of RTE (trap 22)."""
+    folder = SHARED / "data"
+    for name, train, validation in (("rte", 2490, 277), ("stsb", 5749, 1500), ("mrpc", 3668, 408)):
+        splits = official(name, folder)
+        assert sizes(splits) == {"train": train, "validation": validation}
+    splits = official("rte", folder)
+    constant = data.majority(TASKS["rte"], splits["train"], splits["validation"])
+    assert round(constant["accuracy"], 3) == 0.527
+    assert sizes(data.read_submission(TASKS["rte"], folder)) == {"RTE.tsv": 3000}
 
 
 def test_samples_are_nested_and_in_order():
@@ -214,10 +195,9 @@ def test_samples_are_nested_and_in_order():
 
 
 def test_the_table_of_tasks():
-    """Sizes as GLUE and SuperGLUE print them (trap 22), metrics and searches as in the paper."""
-    expected = {"cola": 8551, "sst2": 67349, "mrpc": 3668, "qqp": 363849, "stsb": 5749,
-                "mnli": 392702, "qnli": 104743, "rte": 2490, "wnli": 635, "cb": 250, "boolq": 9427}
-    assert {name: task.size for name, task in TASKS.items() if task.url} == expected
+    """Metrics and searches as in the paper."""
+    expected = "cola sst2 mrpc qqp stsb mnli qnli rte wnli cb boolq".split()
+    assert [name for name, task in TASKS.items() if task.urls] == expected
     folders = ("CoLA SST-2 MRPC QQP STS-B MNLI QNLI RTE WNLI CB BoolQ aclImdb PAWS TREC VQAv2 GQA"
                " OKVQA COCO SNLI-VE")
     assert " ".join(task.folder for task in TASKS.values()) == folders
@@ -273,7 +253,6 @@ def test_a_text_that_fits_is_encoded_as_a_whole_and_prompts_are_never_cut():
 
 
 # ---- metrics of text tasks -----------------------------------------------------------------------
-
 
 def score(name, outputs, golds):
     """Score outputs against labels of the file, or against scores of STS-B."""
@@ -336,11 +315,10 @@ def test_majority_correctness_and_scores_of_image_tasks():
     for name, gold in (("stsb", 1.0), ("caption", ("1.0",))):
         assert data.correctness(TASKS[name], "1.0", Example((), "1.0", gold, "")) is None
     golds = [("yes",) * 10, ("yes",) * 9 + ("no",), ("red",) * 7 + ("blue",) * 3]
-    for name in ("vqa", "okvqa"):
-        assert data.correctness(TASKS[name], "Blue", Example((), "", golds[2], "")) \
-            == pytest.approx(.9)
-        expected = {"accuracy": pytest.approx((1 + .3 + .9) / 3)}
-        assert score(name, ["yes", "no", "blue"], golds) == expected
+    blue = data.correctness(TASKS["vqa"], "Blue", Example((), "", golds[2], ""))
+    assert blue == pytest.approx(.9)
+    expected = {"accuracy": pytest.approx((1 + .3 + .9) / 3)}
+    assert score("okvqa", ["yes", "no", "blue"], golds) == expected
     typed = [Example((), "", gold, "", kind=kind)
              for gold, kind in zip(golds, ("yes/no", "yes/no", "other"), strict=True)]
     expected = {"accuracy": (1 + .3 + .9) / 3, "yes/no": .65, "other": .9}
@@ -352,7 +330,6 @@ def test_majority_correctness_and_scores_of_image_tasks():
 
 
 # ---- VQA accuracy --------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("output, answers, expected", [
     # The answers are the same: no normalisation, except for newlines, tabs and outer spaces.
@@ -402,12 +379,11 @@ def test_vqa_accuracy_leaves_one_annotator_out(count):
         expected = statistics.mean(min(1, part.count("cat") / 3) for part in others)
         assert data.vqa_accuracy("cat", answers) == pytest.approx(expected)
     assert [data.vqa_accuracy(text, ["cat"]) for text in ("cat", "dog")] == [1, 0]
-    # The official table has 114 entries that can match a word in lower case and change it.
-    assert len(data.CONTRACTIONS) == 114
+    # The official tables have 114 words that can match in lower case and change, and 12 numbers.
+    assert len(data.CORRECTIONS) == 114 + 12
 
 
 # ---- captions ------------------------------------------------------------------------------------
-
 
 def test_cider_and_bleu_equal_pycocoevalcap():
     """Trap 27: no, few and many words, 1 to 5 references, and one image alone, which scores 0."""
@@ -511,7 +487,6 @@ def test_karpathy_splits_of_vqa(place, tmp_path):
     write(tmp_path / place / "dataset_coco.json", IMAGES)
     assert indices(data.make_splits(TASKS["vqa"], tmp_path, "paper")) == {
         "train": ["9000", "9001", "42000"], "validation": ["9002", "9003"], "test": ["42001"]}
-    assert sizes(official("vqa", tmp_path)) == {"train": 4, "validation": 2}
     splits = data.make_splits(TASKS["okvqa"], tmp_path, "paper")
     assert sizes(splits) == {"train": 4, "validation": 2}
     assert splits["train"][0].source == "okvqa: What is this?"
@@ -520,16 +495,17 @@ def test_karpathy_splits_of_vqa(place, tmp_path):
 def test_gqa_files(tmp_path):
     entry = {"semantic": [{"argument": "x [1]"}], "question": " Is it red?", "isBalanced": True,
              "imageId": "n123", "groups": {"global": None}, "answer": "yes", "types": {}}
-    entries = {"0201": entry, "02": {**entry, "answer": "no", "imageId": 7}}
+    entries = {"0201": entry, "02": {**entry, "answer": "no", "imageId": 7}, "3": entry}
     for name in ("train", "val"):
         write(tmp_path / f"GQA/{name}_balanced_questions.json", entries)
     splits = data.make_splits(TASKS["gqa"], tmp_path)
-    first, second = splits["train"]
+    first, second, third = splits["train"]
+    assert first.gold is third.gold and first.targets is third.targets
     assert (list(splits), first.parts) == (["train", "validation"], ("gqa:", "Is it red?"))
     assert (first.index, first.image, first.target) == ("0201", ("gqa", "n123"), "yes")
     assert (second.index, second.image, second.gold) == ("02", ("gqa", "7"), ("no",))
     write(tmp_path / "GQA/testdev_balanced_questions.json", entries)
-    assert indices(data.make_splits(TASKS["gqa"], tmp_path))["test"] == ["0201", "02"]
+    assert indices(data.make_splits(TASKS["gqa"], tmp_path))["test"] == ["0201", "02", "3"]
 
 
 def write_captions(folder):
@@ -568,8 +544,7 @@ def test_snlive_files(tmp_path):
     for name in ("train", "dev", "test"):
         write(tmp_path / f"SNLI-VE/snli_ve_{name}.jsonl", *rows)
     splits = data.make_splits(TASKS["snlive"], tmp_path)
-    assert sizes(splits) == {"train": 3, "validation": 3, "test": 3}
-    examples = splits["train"]
+    examples = splits["test"]
     assert [example.image for example in examples] == [("flickr30k", i) for i in "123"]
     assert [example.target for example in examples] == ["neutral", "entailment", "contradiction"]
     assert (examples[0].source, examples[0].index) == ("snlive hypothesis: A bowl.", "1.jpg#0")
@@ -587,12 +562,11 @@ def test_json_is_read_in_pieces(indent, tmp_path, monkeypatch):
     path = write(tmp_path / "a.json", json.dumps(content, indent=indent) + "\n")
     for longest in (400, 523, data.LONGEST_VALUE):
         monkeypatch.setattr(data, "LONGEST_VALUE", longest)
-        found = [tuple(entry) for entry in data.read_json(path, "list", "id", "text")]
-        assert found == [("list", i, text) for i, text in enumerate(texts)]
+        found = [tuple(entry) for entry in data.read_json(path, SimpleNamespace(), "list")]
+        assert found == [("list", entry) for entry in entries]
 
 
 # ---- unlabelled data and predictions -------------------------------------------------------------
-
 
 def test_submissions(tmp_path):
     """CoLA's file has a header only here. The questions of test-dev are about test2015's images."""
@@ -653,30 +627,19 @@ ANSWERED = "VQAv2/v2_" + ANNOTATIONS.format("train2014")
 
 
 @pytest.mark.parametrize("task, file, content, message", [
-    ("rte", RTE, "", "found 0 examples, expected at least 2"),
-    ("rte", RTE, f"{PAIR_HEADER}\n{ENTAILED}", "found 1 examples, expected at least 2"),
     ("rte", "RTE/dev.tsv", f"{PAIR_HEADER}\n{ENTAILED}", "found 1 examples, expected at least 2"),
     ("rte", RTE, f"{PAIR_HEADER}\n\n0\ta\tb", "line 3: found 3 columns, expected 4"),
-    ("rte", RTE, f"{PAIR_HEADER}\n0\ta\tb\tc\td", "line 2: found 5 columns, expected 4"),
     ("rte", RTE, f"{PAIR_HEADER}\n{ENTAILED}\n0\ta\tb\tyes",
      "line 3: found label 'yes', expected one of entailment, not_entailment"),
-    ("rte", RTE, "sentence2\tlabel\na\tentailment", "key 'sentence1'; found sentence2, label"),
     ("rte", RTE, "sentence1\tsentence2\na\tb", "no column or key 'label'; found sentence1"),
     ("rte", RTE, PAIR_HEADER.encode() + b"\n0\ta\t\xff\tb", "line 2: 'utf-8' codec can't decode"),
     ("rte", RTE, None, "no such file, expected the train split; --download fetches"),
+    ("rte", "RTE/dev.tsv", None, "no such file, expected the validation split"),
     ("stsb", STSB, f"{SCORES}5.1", "line 2: found score '5.1', expected a number from 0 to 5"),
     ("stsb", STSB, f"{SCORES}-.1", "found score '-.1'"),
-    ("stsb", STSB, f"{SCORES}nan", "found score 'nan'"),
     ("qqp", "QQP/train.tsv", f"{QQP_HEADER}\n0\t1\t2\ta\tb\t1\t1", "found 7 columns, expected 6"),
-    ("cola", "CoLA/train.tsv", "x\t1\ta sentence", "line 1: found 3 columns, expected 4"),
     ("cb", "CB/train.jsonl", '{"label": "neutral"', "line 1: not JSON: Expecting"),
-    ("boolq", "BoolQ/train.jsonl", {"passage": "a", "question": "b", "label": None},
-     "line 1: found label 'None', expected one of False, True"),
-    ("trec", "TREC/train_5500.label", "WHO:x Who ?", "line 1: found label 'WHO', expected one of"),
     ("snlive", SNLI, snli(key="image"), "line 1: no column or key 'Flikr"),
-    ("snlive", SNLI, snli("maybe"), "line 1: found label 'maybe'"),
-    ("vqa", ASKED, None, "no such file, expected the train split; "),
-    ("vqa", ASKED, '{"questions": [{"image_id": 9, "quest', "questions[0]: not JSON: "),
     ("vqa", ASKED, json.dumps({"questions": [QUESTION]})[:-2], "questions[1]: not JSON: Expecting"),
     ("vqa", ASKED, {"questions": [QUESTION, {"question_id": 2}]},
      "questions[1]: no column or key 'image_id'; found question_id"),
@@ -686,20 +649,17 @@ ANSWERED = "VQAv2/v2_" + ANNOTATIONS.format("train2014")
     ("vqa", ANSWERED, {"annotations": [{"question_id": 1}]},
      "annotations[0]: no column or key 'answers'; found question_id"),
     ("vqa", "dataset_coco.json", karpathy(("train2014", 9, "dev", [])), "column or key 'dev'"),
-    ("vqa", "dataset_coco.json", karpathy(("train2014", 8, "val", [])), "key ('train2014', '9')"),
+    ("vqa", "dataset_coco.json", karpathy(("train2014", 8, "val", [])),
+     "dataset_coco.json: no column or key ('train2014', '9')"),
     ("gqa", "GQA/train_balanced_questions.json", {"7": {"question": "a", "imageId": 1}},
      "7[0]: no column or key 'answer'; found question, imageId"),
-    ("gqa", "GQA/train_balanced_questions.json", [{"question": "a"}],
-     "[0]: no column or key 'imageId'; found question"),
-    ("caption", "COCO/captions_val2014.json", None, "no such file, expected the validation split"),
 ])
 def test_a_wrong_file_is_named_with_the_place(task, file, content, message, tmp_path):
     """All other files are right."""
-    for name in ("rte", "stsb", "qqp", "cola", "cb", "boolq", "trec"):
+    for name in ("rte", "stsb", "qqp", "cb"):
         write_rows(name, tmp_path / TASKS[name].folder, 4)
     rows = [(key, 9, "Why?", ["so"]) for key in (1, 2)]
     write_vqa(tmp_path / "VQAv2", train=rows, val=rows)
-    write_captions(tmp_path / "COCO")
     entry = {"question": "a", "imageId": 1, "answer": "b"}
     for split, name in (("train", "train"), ("val", "dev")):
         write(tmp_path / f"SNLI-VE/snli_ve_{name}.jsonl", snli(), snli())
@@ -734,12 +694,10 @@ def test_mistakes_of_the_user_end_in_one_line_and_bugs_do_not(capsys):
 
     for error in (UserError("a\n b"), OSError("a b"), torch.OutOfMemoryError("a b")):
         with pytest.raises(SystemExit, match="2"):
-            data.run(lambda error=error: fail(error))
+            data.run(functools.partial(fail, error))
         assert capsys.readouterr().err == "error: a b\n"
-    with pytest.raises(TypeError):
-        data.run(lambda: fail(TypeError()))
     with pytest.raises(TypeError), data.reading("place"):
-        fail(TypeError())
+        data.run(functools.partial(fail, TypeError()))
     with pytest.raises(UserError, match="^place: a b$"), data.reading("place"):
         fail(ValueError("a b"))
 
@@ -759,26 +717,20 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     write_vqa(tmp_path / "VQAv2")
     write(tmp_path / "dataset_coco.json", IMAGES)
     command = ["data.py", "--data-dir", str(tmp_path), "--task"]
-    for options, expected in ([], "train: 3 "), (["--protocol", "official"], "train: 4 "):
+    for options, expected in ([], "train: 3 examples\n"), (["--protocol", "official"], "train: 4 "):
         monkeypatch.setattr(sys, "argv", [*command, "vqa", "--download", *options])
         data.main()
         out = capsys.readouterr().out
         assert out.startswith(expected) and "\nvqa: What is this?\n  -> cat\n" in out
+    monkeypatch.setattr(sys, "argv", ["data.py", "--task", "rte", "--data-dir", str(SAMPLE)])
+    data.main()
+    assert capsys.readouterr().out.count("\nrte sentence1: ") == 5
     done = subprocess.run([sys.executable, *command, "mrpc"], cwd=ROOT, capture_output=True)
     assert done.returncode == 2 and not done.stdout
     assert re.fullmatch(b"error: .*MRPC: no such folder; .*\n", done.stderr)
 
 
-def test_the_sample(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["data.py", "--task", "rte", "--data-dir", str(SAMPLE)])
-    data.main()
-    out = capsys.readouterr().out
-    assert out.startswith("train: 4,000 examples\nvalidation: 200 examples\ntest: 200 examples\n")
-    assert out.count("\nrte sentence1: ") == out.count("\n  -> ") == 5
-
-
 # ---- downloads -----------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def server(tmp_path):
@@ -798,9 +750,9 @@ def zipped(names):
     return memory.getvalue()
 
 
-def served(name, url, size):
+def served(name, urls):
     task = copy.copy(TASKS[name])
-    task.url, task.size = url, size
+    task.urls = urls
     return task
 
 
@@ -811,8 +763,7 @@ def test_download_of_a_zip(server, tmp_path):
     """The files that are read are unpacked, and what is there is not fetched again."""
     address, web = server
     archive = write(web / "RTE.zip", WHOLE)
-    # Copies of QQP have up to three examples fewer than the official file.
-    task = served("rte", f"{address}RTE.zip", 6)
+    task = served("rte", {"official.zip": f"{address}RTE.zip"})
     data.download(task, tmp_path / "new")
     found = sorted(path.name for path in tmp_path.rglob("*.tsv"))
     assert found == ["dev.tsv", "test.tsv", "train.tsv"]
@@ -821,31 +772,30 @@ def test_download_of_a_zip(server, tmp_path):
     data.download(task, tmp_path / "new")
 
 
-@pytest.mark.parametrize("content, size, message", [
-    (b"<html>", 3, "not a zip"), (None, 3, "HTTP Error 404"),
-    (zipped("RTE/train.tsv"), 3, "no column or key .*RTE/dev.tsv"),
-    (WHOLE, 7, "found 3 training examples, expected 7; remove the folder"),
-    (WHOLE.replace(b"entailment", b"entailmenx"), 3, "Bad CRC-32"),
+@pytest.mark.parametrize("content, message", [
+    (b"<html>", "not a zip"), (None, "HTTP Error 404"),
+    (zipped("RTE/train.tsv"), "no column or key .*RTE/dev.tsv"),
+    (WHOLE.replace(b"entailment", b"entailmenx"), "Bad CRC-32"),
 ])
-def test_broken_downloads(content, size, message, server, tmp_path):
+def test_broken_downloads(content, message, server, tmp_path):
     address, web = server
     if content:
         write(web / "RTE.zip", content)
     with pytest.raises(UserError, match=message):
-        data.download(served("rte", f"{address}RTE.zip", size), tmp_path)
+        data.download(served("rte", {"official.zip": f"{address}RTE.zip"}), tmp_path)
 
 
-def test_download_of_mrpc_from_its_three_sources(server, tmp_path, monkeypatch, capsys):
+def test_download_of_mrpc_from_its_three_sources(server, tmp_path, capsys):
     address, web = server
-    monkeypatch.setattr(data, "MRPC_URL", f"{address}senteval/")
-    monkeypatch.setattr(data, "GLUE_URL", f"{address}glue/")
+    urls = TASKS["mrpc"].urls.items()
+    task = served("mrpc", {name: f"{address}{url.split('/')[-1]}" for name, url in urls})
     rows = [f"1\t{i}\t{i + 1}\ta\tb{i}" for i in range(6)]
     for name in ("train", "test"):
-        write(web / f"senteval/msr_paraphrase_{name}.txt", MRPC_HEADER, *rows)
-    ids = write(web / "glue/mrpc_dev_ids.tsv", "2\t3", "5\t6")
-    data.download(served("mrpc", address, 4), tmp_path)
+        write(web / f"msr_paraphrase_{name}.txt", MRPC_HEADER, *rows)
+    ids = write(web / "mrpc_dev_ids.tsv", "2\t3", "5\t6", "1\t3", "")
+    data.download(task, tmp_path)
     ids.unlink()
-    data.download(served("mrpc", address, 4), tmp_path)
+    data.download(task, tmp_path)
     found = indices(official("mrpc", tmp_path) | data.read_submission(TASKS["mrpc"], tmp_path))
     assert found == {"train": ["0", "1", "3", "4"], "validation": ["2", "5"],
                      "MRPC.tsv": ["0", "1", "2", "3", "4", "5"]}

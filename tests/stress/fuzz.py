@@ -5,7 +5,9 @@
 Another exception, or no end within 20 seconds, is reported with the number of the case.
 """
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -153,7 +155,8 @@ def main():
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent)
         readers = write_tasks(folder / "data") + write_models(folder / "models")
-        readers += write_run(folder, folder / "models" / "whole", folder / "data")
+        with contextlib.redirect_stdout(io.StringIO()):
+            readers += write_run(folder, folder / "models" / "whole", folder / "data")
         for case in range(args.cases):
             path, read, allowed = readers[case % len(readers)]
             content = path.read_bytes()
