@@ -10,7 +10,7 @@ CLIP is a folder or a public name, such as openai/clip-vit-base-patch32. It is o
 FILE.npy is float16 [images, N, V]. FILE.json holds the ids, in the same order, and the settings.
 A run that is stopped or killed continues when the same command is given again.
 
-The features are V of eq. (7) in hyperpelt.py. The 7 x 7 cells are printed, though we know them at
+The features are G of eq. (7) in hyperpelt.py. The 7 x 7 cells are printed, though we know them at
 second hand [P]. ResNet-101 at 224 pixels is a reconstruction [R]. The map before the pool, and
 float16, are our choice [C]. Source of the encoders: Radford et al. 2021 (CLIP).
 
