@@ -176,7 +176,7 @@ def test_without_options_the_sample_is_trained(tmp_path, monkeypatch):
     splits = data.make_splits(data.TASKS["rte"], SAMPLE)
     few = {split: examples[:2] for split, examples in splits.items()}
     monkeypatch.setattr(data, "make_splits", lambda task, folder, protocol: few)
-    assert f"mini-t5 (7.1 M parameters), data in sample\nrte: train 2" in call()
+    assert "mini-t5 (7.1 M parameters), data in sample\nrte: train 2" in call()
     assert (tmp_path / "runs" / "rte-hyperpelt" / "metrics.json").exists()
 
 
