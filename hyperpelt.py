@@ -10,31 +10,35 @@ Zhang et al., HyperPELT, Findings of ACL 2023. The paper's equation numbers are 
 These are our own. Each says what we know of it: [P] printed in the paper, [D] derived from that,
 [X] borrowed from the code of earlier work, [R] reconstructed, [C] our choice.
 
-The task side. A site is a layer i and a block type j; it receives generated weights:
-    (1)  I = W2 ReLU(W1 [z ; l_i ; b_j] + c1) + c2         hyper-embedding of task z at a site
-                                                           [P: from z, l, b; R: this form]
+The task side. A site is a layer i and a block type j (an attention or an FFN of that layer). It
+receives generated weights:
+    (1)  I = ReLU([z ; l_i ; b_j] W1 + c1) W2 + c2         hyper-embedding of task z at a site
+         [P: made from z, l, b; R: this form, the same for each of N positions]
     (2)  P_k = I W_k + c_k,  P_v = I W_v + c_v             prefix hypernetwork h_P
-                                                           [P; R: row by row]
-    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]           an attention with its prefix [P;
-                                                           X (MAM): not multiplied by W_K, W_V]
+         [P; R: row by row]
+    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]           an attention with its prefix
+         [P; X (MAM): the prefix bypasses W_K and W_V]
     (4)  (W_down, b_down, W_up, b_up) = h_A(mean of I)     adapter hypernetwork h_A
-                                                           [P; C: mean over the N positions]
-    (5)  A(u) = W_up ReLU(W_down u + b_down) + b_up        adapter; u = norm(x) is what the FFN
-                                                           sees [P; X (MAM): ReLU; C: u]
-    (6)  y = x + FFN(u) + lambda A(u)                      lambda is trained [R]
+         [P; C: mean over the N positions]
+    (5)  A(u) = ReLU(u W_down + b_down) W_up + b_up        adapter; u = norm(x) is the FFN's input
+         [P; X (MAM): ReLU; C: u]
+    (6)  y = x + FFN(u) + lambda A(u)                      beside the feed-forward block
+         [R: lambda is trained]
 The visual side has hypernetworks h_P^v and h_A^v of its own [P], again (2) and (4):
-    (7)  z_v = G W_g + c_g                                 visual embedding of the N grid features G
-                                                           of an image [P; R: linear, row by row]
-    (8)  I^v = (1) of z_v, with weights W1^v, ...          its hyper-embedding [P; R: own weights;
-                                                           C: the same l_i and b_j]
-    (9)  K' = [P_k ; P_k^v ; x W_K],  V' likewise          [P; C: the order]
-    (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)    [P; R: lambda_v]
+    (7)  z_v = G W_g + c_g                                 visual embedding; G: N grid features
+         [P; R: linear, row by row; C: G is normalised before]
+    (8)  I^v = (1) of z_v, with weights of its own         hyper-embedding of an image at a site
+         [P; R: own weights; C: the same l_i and b_j]
+    (9)  K' = [P_k ; P_k^v ; x W_K],  V' likewise          the image's prefix after the task's
+         [P; C: the order]
+    (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)    the image's adapter beside the task's
+         [P; R: lambda_v]
 The baselines train weights of the same shapes directly, adapters as they are, prefixes by
-    (11) [P_k, P_v] = W_b tanh(W_a P_0 + c_a) + c_b        reparameterised prefix [X: prefix-tuning]
+    (11) [P_k, P_v] = tanh(P_0 W_a + c_a) W_b + c_b        reparameterised prefix
+         [X: prefix-tuning]
 
-(1), (5), (6), (10) and (11) are written for the column vector of one position or token, the others
-for all rows at once. In (1), [a ; b] joins the features of one position. In (3) and (9), it puts
-positions one after the other.
+All equations are written for rows: one row is one position or token. In (1), [a ; b] joins the
+features of one position. In (3) and (9), it puts positions one after the other.
 
 Shapes: B batch, S source or target length, N prefix length, D d_model, H heads, K d_kv,
 r bottleneck, L layers of both stacks together, V visual width, M tasks, E width d_I of a
@@ -94,7 +98,8 @@ class HyperPELTConfig:
     per_position: bool = True       # embeddings have N rows [R]; False: one row [X: HyperFormer]
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; C: off]
     prefix_blocks: tuple = ATTENTION_BLOCKS     # which attentions receive a prefix [X: MAM]
-    adapter_scale: float = 0.1      # lambda, lambda_v at the start, with hypernetworks [C]
+    adapter_scale: float = 0.1      # lambda, lambda_v at the start, one number per side [C]: a
+    # step of Adam moves a generated weight far, and with 1 [X: MAM] training was less steady.
     learned_scale: float = 1.0      # lambda at the start, of the baselines' adapters [C]
     position_noise: float = 0.5     # share of the variance of z, l, b between positions [C]
     sharing: str = "default"        # of baselines: "shared", "per-task"; "default": as in METHODS
@@ -128,7 +133,7 @@ class Hypernetworks(nn.Module):
         r, D = config.bottleneck, t5_config.d_model
         self.attentions, self.ffns = attentions, ffns
         self.head_shape = (N, t5_config.num_heads, t5_config.d_kv)
-        self.down_shape, self.up_shape = (r, D), (D, r)
+        self.down_shape, self.up_shape = (D, r), (r, D)
 
         # A layer has one number in both stacks: the decoder's layers follow the encoder's [C].
         sites = attentions + ffns
@@ -155,13 +160,14 @@ class Hypernetworks(nn.Module):
             self.scale = nn.Parameter(torch.tensor(config.adapter_scale))
 
     def hyper_embedding(self, z, layer, block):
-        """z [B, N, Z], layer [L, N, Z], block [5, N, Z] -> I of every site [sites, B, N, E]."""
+        """z [B, N, Z] with l [L, N, Z] and b [5, N, Z] -> I of every site [sites, B, N, E]."""
         # The gradient of layer[ids] is summed in the order in which threads finish, that of
         # index_select in a fixed order. So a run can be repeated exactly.
         from_layer = self.from_layer(layer).index_select(0, self.layer_ids)     # [sites, N, Q]
         from_block = self.from_block(block).index_select(0, self.block_ids)     # [sites, N, Q]
         of_site = (from_layer + from_block)[:, None]                            # [sites, 1, N, Q]
         hidden = F.relu(self.from_z(z) + of_site)                               # [sites, B, N, Q]
+        # On the visual side, z is z_v and the weights are those of the second instance.
         return self.norm(self.to_hyper(hidden))                                 # eq. (1), (8)
 
     def prefixes(self, hyper):
@@ -172,8 +178,8 @@ class Hypernetworks(nn.Module):
         return keys.reshape(shape).transpose(2, 3), values.reshape(shape).transpose(2, 3)
 
     def adapters(self, hyper):
-        """I [sites, B, N, E] -> W_down [sites, B, r, D], b_down [sites, B, 1, r],
-        W_up [sites, B, D, r], b_up [sites, B, 1, D], lambda [sites]."""
+        """I [sites, B, N, E] -> W_down [sites, B, D, r], b_down [sites, B, 1, r],
+        W_up [sites, B, r, D], b_up [sites, B, 1, D], lambda [sites], all equal."""
         mean = hyper.mean(2)                                        # [sites, B, E]
         down = self.to_down(mean).unflatten(2, self.down_shape)     # eq. (4): W_down
         down_bias = self.to_down_bias(mean).unsqueeze(2)            # eq. (4): b_down
@@ -196,8 +202,7 @@ class Hypernetworks(nn.Module):
 
 def split_by_site(sites, tensors, dtype):
     """Several tensors [sites, ...] -> {site: its slice of each}."""
-    # The gradient of unbind is one stack. That of tensor[i] would be as large as all sites, once
-    # per site.
+    # unbind, because the gradient of each tensor[i] would be as large as the whole tensor.
     slices = [tensor.to(dtype).unbind() for tensor in tensors]
     return {site: [one[i] for one in slices] for i, site in enumerate(sites)}
 
@@ -205,8 +210,11 @@ def split_by_site(sites, tensors, dtype):
 # ---- injection at the two seams of t5.py: eq. (3), (5), (6), (9), (10) ---------------------------
 
 class Prefix:
-    """Seam 1, an attention: prefixes of the task and of the images stand before the text."""
-    # The names of the tensors of a part in an exported file.
+    """Seam 1, an attention: prefixes of the task and of the images stand before the text.
+
+    `parts` holds the tensors of the task and, with images, those of the images, in this order.
+    """
+    # What the tensors of a part are called in an exported file.
     names = ("key", "value")
 
     def __init__(self, parts):
@@ -221,7 +229,7 @@ class Prefix:
 
 
 class Adapter:
-    """Seam 2, a feed-forward block: the term that t5.py adds to FFN(u)."""
+    """Seam 2, a feed-forward block: the terms lambda A(u) that t5.py adds to FFN(u)."""
     names = ("down", "down_bias", "up", "up_bias", "scale")
 
     def __init__(self, parts):
@@ -230,17 +238,16 @@ class Adapter:
     def __call__(self, u):                                          # [B, S, D]
         total = 0
         for *weights, scale in self.parts:
-            total = total + scale * adapter(u, *weights)            # eq. (6), (10)
+            total = total + scale * adapter(u, *weights)            # eq. (6), (10): lambda A(u)
         return total
 
 
 def adapter(u, down, down_bias, up, up_bias):
     """A(u) [B, S, D]. The weights have a batch axis: 1, or one adapter for each image."""
-    # Each adapter gets the tokens of all its examples: of the whole batch, or, with an adapter per
-    # image, of the beams of that image, which lie side by side.
+    # All tokens that share an adapter go into one row: of the batch, or of the beams of an image.
     x = u.reshape(len(down), -1, u.size(2))
-    hidden = F.relu(torch.baddbmm(down_bias, x, down.mT))
-    return torch.baddbmm(up_bias, hidden, up.mT).view_as(u)         # eq. (5)
+    hidden = F.relu(torch.baddbmm(down_bias, x, down))              # eq. (5): u W_down + b_down
+    return torch.baddbmm(up_bias, hidden, up).view_as(u)            # eq. (5)
 
 
 def seam_of(block):
@@ -255,8 +262,8 @@ class HyperPELT(nn.Module):
 
     t5 is a float32 T5, which is frozen in place; tasks are names; dtype is that of the frozen
     weights and the activations. Trained are the T5's layer norms, the hypernetworks and the
-    embeddings z, l, b [P]; they stay float32. Raises ValueError for images with a method and a
-    vision that give them no way in.
+    embeddings z, l, b, z_v [P] (baselines: what METHODS says); they stay float32. Raises ValueError
+    for images with a method and a vision that give them no way in.
     """
 
     def __init__(self, t5, tasks, config, dtype=torch.float32):
@@ -314,7 +321,7 @@ class HyperPELT(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """All choices about the start that PyTorch's defaults do not make [C]."""
+        """How the linear maps start, where PyTorch's defaults are not used [C]."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.startswith("t5."):
                 if module.bias is not None:
@@ -347,8 +354,8 @@ class HyperPELT(nn.Module):
 
     def generate_visual_weights(self, features):
         """Normalised grid features [B, N, V] -> {site: its tensors}, with a batch axis of B."""
-        # These weights differ from image to image. Their products are as large as the backbone's,
-        # so they are computed in the backbone's dtype.
+        # To generate weights for every image costs as much as the backbone itself, so it runs in
+        # the backbone's dtype.
         low_precision = self.t5.dtype != torch.float32
         with torch.autocast(features.device.type, self.t5.dtype, enabled=low_precision):
             z = self.visual_embedding(features)                                 # eq. (7) [B, N, Z]
@@ -363,6 +370,7 @@ class HyperPELT(nn.Module):
         parts = {site: [tensors] for site, tensors in weights.items()}
         injected = {}
         if features is not None:
+            # eq. (9), (10): what the images add stands after the task's.
             features = features.float()
             if self.config.visual_norm:
                 features = F.layer_norm(features, features.shape[-1:])
@@ -416,7 +424,7 @@ class LearnedWeights(nn.Module):
     def __init__(self, config, t5_config, owners, attentions, ffns):
         super().__init__()
         self.owners, self.attentions, self.ffns = owners, attentions, ffns
-        D, N, r, sites = t5_config.d_model, config.prefix_length, config.bottleneck, len(ffns)
+        D, N, r = t5_config.d_model, config.prefix_length, config.bottleneck
         self.head_shape = (2, t5_config.num_heads, t5_config.d_kv)
         if attentions:
             # Each block type has an embedding P_0 and a network [X: prefix-tuning, MAM].
@@ -430,12 +438,12 @@ class LearnedWeights(nn.Module):
                     nn.Linear(D, config.reparam_dim), nn.Tanh(),
                     nn.Linear(config.reparam_dim, layers * math.prod(self.head_shape))))
         if ffns:
-            bound = D ** -0.5
-            self.down = nn.ParameterDict(
-                {owner: torch.empty(sites, 1, r, D).uniform_(-bound, bound) for owner in owners})
-            self.down_bias = zeros(owners, sites, 1, 1, r)
-            self.up = zeros(owners, sites, 1, D, r)
-            self.up_bias = zeros(owners, sites, 1, 1, D)
+            self.down = zeros(owners, len(ffns), 1, D, r)
+            for down in self.down.values():
+                nn.init.uniform_(down, -D ** -0.5, D ** -0.5)
+            self.down_bias = zeros(owners, len(ffns), 1, 1, r)
+            self.up = zeros(owners, len(ffns), 1, r, D)
+            self.up_bias = zeros(owners, len(ffns), 1, 1, D)
             self.scale = nn.Parameter(torch.tensor(config.learned_scale))
 
     def prefixes(self, owner):

@@ -4,7 +4,8 @@ Read `train` first: it is the loop. `Batches` makes what it learns from, `evalua
 
 A run's folder holds config.json (settings, architecture, hashes of what the run depends on),
 log.jsonl (a line for every ten steps and every evaluation), last.pt (a run resumes from it),
-best.safetensors (what is trained, at the best evaluation) and metrics.json (the result).
+best.safetensors (what is trained, at the best evaluation), metrics.json (the result), curves.png
+and predictions.
 """
 import signal
 
@@ -68,7 +69,7 @@ EXAMPLES = """examples:
 # These options say what to do and where things lie. A run is the same run with other values.
 COMMANDS = ("run", "download", "resume", "eval_only", "predict", "ask", "export", "table",
             "num_seeds")
-PATHS = ("model", "data_dir", "features", "init_from")
+PATHS = ("model", "data_dir", "features")
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,7 +116,9 @@ def make_parser():
         help="task of that run whose embedding initialises the new tasks")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=float, default=6.0, help="passes over the training examples")
+    # The paper's numbers are reconstructed: 2^18 steps of 128 at a constant 1e-3. These are ours,
+    # for one task on a small machine.
+    add("--epochs", type=float, default=6.0, help="as many steps as so many passes over all tasks")
     add("--max-steps", type=natural, default=0, metavar="N", help="if not 0, overrides --epochs")
     add("--batch-size", type=natural, default=32, help="examples per step, of all processes")
     add("--lr", type=float, default=2e-3, help="learning rate of AdamW")
@@ -223,7 +226,7 @@ class Run:
     splits: dict            # {task name: {split: [data.Example]}}
     images: dict            # {(image set, id): (features of the set [images, N, V], row)}
     tokenizer: Tokenizer
-    encode: object          # text -> ids; remembers short texts
+    encode: object          # text -> ids; remembers the last texts
     model: HyperPELT
     device: torch.device
     record: dict            # the content of config.json
@@ -253,17 +256,17 @@ def load_run(args):
               "tokenizer": short_hash([tokenizer.pieces.serialized_model_proto()])}
     splits, images = {}, {}
     if args.ask or args.export:
-        encoder = saved["encoder"]
+        image_encoder = saved["image_encoder"]
     else:
         splits = load_splits(args, tasks)
-        images, encoder, hashes["features"] = open_features(args, splits)
+        images, image_encoder, hashes["features"] = open_features(args, splits)
         hashes["data"] = short_hash(repr(example).encode() for example in all_examples(splits))
     if args.vision == "shuffled":
         shuffle_images(splits, args.seed)
 
     # The model. All processes start from the same weights.
     torch.manual_seed(args.seed)
-    config = make_config(args, encoder["width"] if encoder else 0)
+    config = make_config(args, image_encoder["width"] if image_encoder else 0)
     with reading("--method"):
         model = HyperPELT(t5, list(tasks), config, getattr(torch, args.dtype))
     cuda = torch.cuda.is_available()
@@ -271,8 +274,9 @@ def load_run(args):
 
     settings = {name: value for name, value in vars(args).items() if name not in COMMANDS}
     record = {"settings": settings, "config": dataclasses.asdict(model.config), "hashes": hashes,
-              "encoder": encoder, "trained_parameters": count(model.trained().values()),
+              "image_encoder": image_encoder, "trained_parameters": count(model.trained().values()),
               "backbone_parameters": count(t5.parameters()), "torch": torch.__version__}
+    # As the file gives it back: tuples become lists.
     record = json.loads(json.dumps(record))
     if saved and (found := differences(saved, record)):
         raise UserError(f"{args.run}/config.json: this is another run: {'; '.join(found)}")
@@ -298,24 +302,24 @@ def all_examples(splits):
             yield from examples
 
 
-def open_features(args, splits, encoder=None):
+def open_features(args, splits, image_encoder=None):
     """-> {(image set, id): (features of the set [images, N, V], row)}, what made them, a hash.
 
     Raises UserError for a missing file or image, features of another encoder than the others or
-    `encoder`, and an N that does not fit.
+    `image_encoder`, and an N that does not fit.
     """
     wanted = {example.image for example in all_examples(splits) if example.image}
     images, hashed = {}, []
+    prefix_length = make_config(args, visual_width=0).prefix_length
     for name in sorted({image_set for image_set, _ in wanted}):
         path = Path(args.features) / f"{name}.npy"
         with reading(path):
             features, row_of, about = load_features(path)
             found = {key: about[key] for key in ("kind", "weights", "preprocessing")}
         _, cells, found["width"] = features.shape
-        encoder = encoder or found
-        if found != encoder:
-            raise UserError(f"{path}: found features of {found}, expected {encoder}")
-        prefix_length = make_config(args, 0).prefix_length
+        image_encoder = image_encoder or found
+        if found != image_encoder:
+            raise UserError(f"{path}: found features of {found}, expected {image_encoder}")
         if args.vision != "tokens" and cells != prefix_length:
             raise UserError(f"{path}: found {cells} grid cells, expected {prefix_length},"
                             " one for each position of the prefix (--set prefix_length=...)")
@@ -325,11 +329,11 @@ def open_features(args, splits, encoder=None):
     if missing := sorted(wanted - images.keys()):
         raise UserError(f"{args.features}: {len(missing)} images have no features,"
                         f" such as {', '.join(map(':'.join, missing[:5]))}")
-    return images, encoder, short_hash(hashed)
+    return images, image_encoder, short_hash(hashed)
 
 
 def shuffle_images(splits, seed):
-    """Give every example the image of another one. What is answered then needs no image."""
+    """Shuffle the images among the examples of a split. What is answered then needs no image."""
     for by_split in splits.values():
         for examples in by_split.values():
             images = [example.image for example in examples]
@@ -371,7 +375,7 @@ def make_inputs(run, examples):
     features = None
     if examples[0].image:
         places = [run.images[example.image] for example in examples]
-        features = np.stack([features[row] for features, row in places])
+        features = np.stack([image_set[row] for image_set, row in places])
         features = torch.from_numpy(features).to(run.device)
     return pad(ids, 0).to(run.device), features
 
@@ -405,7 +409,7 @@ class Batches:
         # The task of every step.
         weights = counts ** (1 / self.args.task_temperature)
         rng = np.random.default_rng([self.args.seed, 0])
-        self.turns = rng.choice(len(counts), size=self.steps, p=weights / weights.sum())
+        self.task_of_step = rng.choice(len(counts), size=self.steps, p=weights / weights.sum())
         self.plan = functools.lru_cache(maxsize=len(counts))(self.plan_epoch)
 
     def plan_epoch(self, task, epoch):
@@ -425,14 +429,15 @@ class Batches:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def __call__(self, step):
-        task = int(self.turns[step])
-        earlier = int(np.sum(self.turns[:step] == task))
+        task = int(self.task_of_step[step])
+        earlier = int(np.sum(self.task_of_step[:step] == task))
         epoch, position = divmod(earlier, int(self.per_epoch[task]))
         examples = [self.examples[task][i] for i in self.plan(task, epoch)[position]]
         rng = np.random.default_rng([self.args.seed, 2 ** 20, step])
         targets = [draw_target(example, rng) for example in examples]
 
-        # Each process takes its part. Where there are too few examples, one counts nothing.
+        # Each process takes its part. One without examples computes any with share 0, so that it
+        # joins the sum of the gradients.
         lengths = [len(self.run.encode(target)) for target in targets]
         mine = slice(RANK, None, WORLD_SIZE)
         share = sum(lengths[mine]) / sum(lengths)
@@ -597,8 +602,9 @@ def start_from(run):
         tensors = safetensors.torch.load_file(folder / "best.safetensors")
         renamed = {}
         for name in run.model.trained():
-            stem, dot, task = name.rpartition(".")
-            renamed[name] = tensors[f"{stem}{dot}{sources.get(task, task)}"]
+            # The parameters of a task end in its name. All others keep their names.
+            stem, dot, last = name.rpartition(".")
+            renamed[name] = tensors[f"{stem}{dot}{sources.get(last, last)}"]
         load_trained(run.model, renamed)
 
 
@@ -614,7 +620,7 @@ def learning_rate(args, step, steps):
 
 
 def train(run):
-    """Save, evaluate and stop when it is time, else take one step."""
+    """Save and evaluate when it is due, stop when asked to, take one step."""
     args, model = run.args, run.model
     batches = Batches(run)
     eval_every = args.eval_every or int(batches.per_epoch.sum())
@@ -668,11 +674,11 @@ def train(run):
         bar.update()
 
         if progress["step"] % LOG_EVERY == 0:
-            shown = check_finite(run, progress["step"], loss, norm)
+            loss_value = check_finite(run, progress["step"], loss, norm)
             progress["log"].append({
-                "step": progress["step"], "task": batch.task, "loss": round(shown, 5),
+                "step": progress["step"], "task": batch.task, "loss": round(loss_value, 5),
                 "lr": group["lr"], "seconds": round(time.perf_counter() - run.started, 1)})
-            bar.set_postfix_str(f"loss {shown:.3f}, best {progress['best']:.3f}")
+            bar.set_postfix_str(f"loss {loss_value:.3f}, best {progress['best']:.3f}")
     bar.close()
     pool.shutdown()
 
@@ -793,11 +799,12 @@ def predict(run):
     for name, task in run.tasks.items():
         if split == "submission":
             files = data.read_submission(task, run.args.data_dir)
+            found = open_features(run.args, {name: files}, run.record["image_encoder"])
+            run.images |= found[0]
         elif split in run.splits[name]:
             files = {data.predictions_name(task, split): run.splits[name][split]}
         else:
             raise UserError(f"--predict {split}: {name} has {', '.join(run.splits[name])}")
-        run.images |= open_features(run.args, {name: files}, run.record["encoder"])[0]
         for file, examples in files.items():
             outputs = generate_outputs(run, task, examples)
             if RANK == 0:
@@ -807,16 +814,19 @@ def predict(run):
 
 @torch.no_grad()
 def ask(run):
-    """Print the output for --ask and, where the labels are known, the probability of each."""
+    """Print the output for --ask and, among the labels of the task, the probability of each."""
     texts = list(run.args.ask)
     name = texts.pop(0) if texts[0] in run.tasks else list(run.tasks)[0]
     task = run.tasks[name]
-    expected = [*task.fields, *["image, as SET:ID"] * task.is_visual]
-    if len(texts) != len(expected) or task.is_visual and ":" not in texts[-1]:
+    expected, image = list(task.fields), None
+    if task.is_visual:
+        expected.append("image, as SET:ID")
+        image = tuple(texts[-1].split(":", 1))
+    if len(texts) != len(expected) or image and len(image) != 2:
         raise UserError(f"--ask: found {len(texts)} texts, {name} takes: {'; '.join(expected)}")
-    image = tuple(texts.pop().partition(":")[::2]) if task.is_visual else None
-    example = data.Example(data.source_parts(task, texts), "", None, "", image)
-    run.images = open_features(run.args, {name: {"ask": [example]}}, run.record["encoder"])[0]
+    parts = data.source_parts(task, texts[:len(task.fields)])
+    example = data.Example(parts, "", None, "", image)
+    run.images = open_features(run.args, {name: {"ask": [example]}}, run.record["image_encoder"])[0]
 
     print(example.source)
     print(generate_outputs(run, task, [example])[0])
@@ -832,7 +842,7 @@ def ask(run):
 @torch.no_grad()
 def export(run):
     """Write DIR/TASK.safetensors for every task without images: its generated weights and the
-    layer norms. Nothing of the hypernetworks is left."""
+    layer norms. Nothing of the hypernetworks is left. load_exported is for your own programs."""
     trained = trained_tensors(run.model).items()
     norms = {name: tensor for name, tensor in trained if name.startswith("t5.")}
     metadata = {"backbone": run.record["hashes"]["backbone"]}
@@ -884,7 +894,7 @@ def table(folders):
         with reading(folder / "metrics.json"):
             result = json.loads((folder / "metrics.json").read_text())
         metrics = result["metrics"]
-        settings = {**record["settings"], **record["config"],
+        settings = {**record["config"], **record["settings"],
                     "backbone": record["hashes"]["backbone"]}
         if len(metrics) == 1:
             settings["task"] = "one each"
@@ -893,7 +903,7 @@ def table(folders):
         first = first_of.setdefault(settings["method"], settings)
         label = settings["method"]
         for name, value in settings.items():
-            if value != first[name] and name not in ("seed", "model", "data_dir", "features"):
+            if value != first[name] and name not in ("seed", "set", *PATHS):
                 label += f", {name} {value}"
         cells = rows.setdefault(label, {})
         for name, by_split in metrics.items():
@@ -913,8 +923,10 @@ def table(folders):
 
 def mean_and_deviation(values):
     """Numbers from 0 to 1, one per seed -> their mean and sample standard deviation in percent."""
-    if len(values) < 2:
-        return "".join(f"{100 * value:.2f}" for value in values) or "-"
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{100 * values[0]:.2f}"
     return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f} ({len(values)} runs)"
 
 
@@ -932,9 +944,10 @@ def run_once(args):
     print(f"{args.method}, {args.dtype}, {run.device.type}: {trained:,} trained parameters,"
           f" {trained / total:.1%} of the T5's")
 
-    if args.ask or args.predict or args.export:
-        load_best(run)
-        return ask(run) if args.ask else predict(run) if args.predict else export(run)
+    for option, use in ((args.ask, ask), (args.predict, predict), (args.export, export)):
+        if option:
+            load_best(run)
+            return use(run)
     catch_signals()
     if not args.eval_only:
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ def make_run(args, protocol="paper", split="train"):
     splits = data.make_splits(RTE, args.data_dir, protocol)
     settings = train.make_parser().parse_args(["--batch-size", "32"])
     encode = Tokenizer.from_pretrained(args.model).encode
-    run = SimpleNamespace(args=settings, tasks={"rte": RTE}, splits={"rte": splits}, images={},
+    run = SimpleNamespace(args=settings, tasks={"rte": RTE}, splits={"rte": splits},
                           encode=encode, device=DEVICE)
     return run, splits[split]
 
@@ -96,11 +96,11 @@ def make_batches(run, examples, size=32):
 
 
 def loss_of(model, input_ids, labels, autocast=False):
-    mask = input_ids != 0
     if isinstance(model, HyperPELT):
-        return model(input_ids, mask, labels, "rte")[1]
+        return model(input_ids, input_ids != 0, labels, "rte")[1]
+    mask = (input_ids != 0).long()
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-        return model(input_ids=input_ids, attention_mask=mask.long(), labels=labels).loss
+        return model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
 
 
 @torch.no_grad()
@@ -134,10 +134,9 @@ def compare_training(args):
     plain = make_batches(run, [examples[i] for i in chosen])
     check_losses(args, ours[0])
 
-    programs = {
-        "hyperpelt": prepare_steps(our_model(args.model, "hyperpelt"), ours),
-        "norms": prepare_steps(our_model(args.model, "norms"), ours),
-    }
+    programs = {}
+    for method in ("hyperpelt", "norms"):
+        programs[method] = prepare_steps(our_model(args.model, method), ours)
     for method in ("LoRA", "norms"):
         programs[f"{method}, as it comes"] = prepare_steps(their_model(args.model, method), plain)
         programs[f"{method}, tuned"] = prepare_steps(their_model(args.model, method), ours, True)

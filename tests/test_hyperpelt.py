@@ -86,8 +86,8 @@ def generated(p, side, z, site):
         values = linear(p, f"{side}.to_value", hyper).reshape(-1, 5, 2, 8)
         return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     mean = hyper.mean(1)
-    down = linear(p, f"{side}.to_down", mean).reshape(-1, 4, 24)
-    up = linear(p, f"{side}.to_up", mean).reshape(-1, 24, 4)
+    down = linear(p, f"{side}.to_down", mean).reshape(-1, 24, 4)
+    up = linear(p, f"{side}.to_up", mean).reshape(-1, 4, 24)
     biases = [linear(p, f"{side}.to_{name}_bias", mean)[:, None] for name in ("down", "up")]
     return down, biases[0], up, biases[1], p[f"{side}.scale"]
 
@@ -163,8 +163,8 @@ def check_ffn(t5, name, seen, given):
     (x,), u = seen[f"{name}.ffn_norm"]
     expected = (x + t5.get_submodule(f"{name}.ffn")(u, {})).numpy()
     for down, down_bias, up, up_bias, scale in given:
-        hidden = np.maximum(u.numpy() @ down.swapaxes(1, 2) + down_bias, 0)
-        expected = expected + scale * (hidden @ up.swapaxes(1, 2) + up_bias)
+        hidden = np.maximum(u.numpy() @ down + down_bias, 0)
+        expected = expected + scale * (hidden @ up + up_bias)
     assert_close(seen[name][1], expected)
 
 

@@ -373,7 +373,7 @@ def test_tasks_are_drawn_by_the_documented_formula():
     roots = np.sqrt(counts) / np.sqrt(counts).sum()
     for temperature, expected in ((10, [.109, .134, .100, .158, .105, .159, .140, .096]),
                                   (2, roots)):
-        turns = batches_of(splits, 100_000, temperature=temperature).turns
+        turns = batches_of(splits, 100_000, temperature=temperature).task_of_step
         assert np.bincount(turns) / 100_000 == pytest.approx(np.array(expected), abs=0.006)
 
 
