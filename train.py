@@ -821,7 +821,7 @@ def ask(run):
     expected, image = list(task.fields), None
     if task.is_visual:
         expected.append("image, as SET:ID")
-        image = tuple(texts[-1].split(":", 1))
+        image = tuple(texts[-1].split(":", 1)) if texts else None
     if len(texts) != len(expected) or image and len(image) != 2:
         raise UserError(f"--ask: found {len(texts)} texts, {name} takes: {'; '.join(expected)}")
     parts = data.source_parts(task, texts[:len(task.fields)])
