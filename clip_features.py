@@ -42,8 +42,9 @@ WEIGHTS = (
     "model.safetensors",
     "open_clip_model.safetensors",
     "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.bin"
 )
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 # Tensors that the features do not need: their names, or how their names begin.
 UNUSED = (
@@ -59,7 +60,7 @@ UNUSED = (
     "visual_projection.weight",
     "vision_model.post_layernorm.",
     "vision_model.embeddings.position_ids",
-    "visual.attnpool.",
+    "visual.attnpool."
 )
 
 # Means and standard deviations of red, green and blue in OpenAI's training images.
@@ -73,7 +74,7 @@ COCO_NAME = r"^(COCO_\w+_)?(?=\d{12}$)0*(?=\d)"
 # ---- vision transformer --------------------------------------------------------------------------
 
 def quick_gelu(x):
-    """OpenAI's approximation of GELU. Weights that were trained with one need that one."""
+    """OpenAI's approximation of GELU. config.json says which one the weights were trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -124,7 +125,7 @@ class VisionTransformer(nn.Module):
         patch_size=32,
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
-        **other_keys,
+        **other_keys
     ):
         super().__init__()
         self.kind = (
@@ -137,10 +138,8 @@ class VisionTransformer(nn.Module):
         self.grid = image_size // patch_size
 
         patches = nn.Conv2d(3, hidden_size, patch_size, patch_size, bias=False)
-        positions = nn.Embedding(1 + self.grid**2, hidden_size)
-        self.embeddings = nn.ModuleDict(
-            {"patch_embedding": patches, "position_embedding": positions}
-        )
+        table = nn.Embedding(1 + self.grid**2, hidden_size)
+        self.embeddings = nn.ModuleDict({"patch_embedding": patches, "position_embedding": table})
         self.embeddings.class_embedding = nn.Parameter(torch.empty(hidden_size))
 
         # The public name is spelled this way.
@@ -149,8 +148,8 @@ class VisionTransformer(nn.Module):
         layers = [Layer(*sizes) for _ in range(num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
 
-    def positions(self, side):
-        """The position table [1+N, V] for side x side cells, interpolated from the trained grid."""
+    def resize_positions(self, side):
+        """Return positions [1+N, V] for side x side cells, interpolated from the trained grid."""
         table = self.embeddings.position_embedding.weight
         cells = table[1:].T.unflatten(1, (self.grid, self.grid))            # [V, grid, grid]
         cells = F.interpolate(cells[None], (side, side), mode="bicubic")[0]
@@ -159,7 +158,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels):                                              # [B, 3, I, I]
         x = self.embeddings.patch_embedding(pixels)                         # [B, V, I/P, I/P]
-        positions = self.positions(x.shape[-1])
+        positions = self.resize_positions(x.shape[-1])
         x = x.flatten(2).transpose(1, 2)                                    # [B, N, V]
         class_token = self.embeddings.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([class_token, x], dim=1) + positions                  # [B, 1+N, V]
@@ -174,7 +173,10 @@ def convolution(d_in, d_out, size, stride=1):
 
 
 class ThreeConvolutions(nn.Module):
-    """What the stem and the blocks have in common: three convolutions, each with a batch norm."""
+    """What the stem and the blocks have in common: three convolutions, each with a batch norm.
+
+    The stem inherits it because the public names of its tensors have no prefix of their own.
+    """
 
     def __init__(self, d_in, d_inner, d_out, size, stride):
         super().__init__()
@@ -204,8 +206,7 @@ class Bottleneck(ThreeConvolutions):
         self.pool = pool
         self.downsample = nn.Sequential()
         if d_in != d_out:
-            self.downsample.append(convolution(d_in, d_out, 1))
-            self.downsample.append(nn.BatchNorm2d(d_out))
+            self.downsample = nn.Sequential(convolution(d_in, d_out, 1), nn.BatchNorm2d(d_out))
 
     def forward(self, x):                                                   # [B, d_in, h, w]
         shortcut = self.downsample(F.avg_pool2d(x, self.pool))
@@ -221,16 +222,17 @@ class ModifiedResNet(ThreeConvolutions):
     def __init__(self, channels, blocks, grid):
         super().__init__(3, channels // 2, channels, size=3, stride=2)
         self.kind = f"modified ResNet, {'-'.join(map(str, blocks))} blocks, {channels} channels"
-        self.width = 32 * channels
-        self.trained_size = 32 * grid
+        self.trained_size = self.stride * grid
         d_in = channels
         for i, count in enumerate(blocks):
             d_inner = channels * 2**i
+            # Layers 2 to 4 halve the map in their first block.
             layer = nn.Sequential(Bottleneck(d_in, d_inner, 2 if i else 1))
             d_in = 4 * d_inner
             for _ in range(count - 1):
                 layer.append(Bottleneck(d_in, d_inner, 1))
             self.add_module(f"layer{i + 1}", layer)
+        self.width = d_in
 
     def forward(self, pixels):                                              # [B, 3, I, I]
         x = F.relu(self.convolve(pixels, 1))                                # [B, C, I/2, I/2]
@@ -243,12 +245,14 @@ class ModifiedResNet(ThreeConvolutions):
 # ---- loading -------------------------------------------------------------------------------------
 
 def load_encoder(name_or_folder):
-    """A public CLIP -> (float32 VisionTransformer or ModifiedResNet in eval mode, weights' path).
+    """Return the encoder of a public CLIP and the path of its weights.
 
-    Raises OSError or ValueError, which names the file and the tensor or the value.
+    The encoder is a VisionTransformer or a ModifiedResNet in float32 and eval mode. Raises OSError
+    or ValueError, which names the file and the tensor or the value.
     """
-    # Some repositories hold weights in another library's names beside those of open_clip.
-    for weights in (WEIGHTS, WEIGHTS[1::2]):
+    # Some repositories hold weights in another library's names beside those of open_clip, which
+    # come first in the second attempt.
+    for weights in (WEIGHTS, OPEN_CLIP_WEIGHTS + WEIGHTS):
         optional = ("config.json", "preprocessor_config.json")
         folder = find_checkpoint(name_or_folder, (), optional, weights)
         path, tensors = read_weights(folder, weights)
@@ -275,13 +279,13 @@ def load_encoder(name_or_folder):
         tensors,
         path,
         lambda name: encoder.prefix + name,
-        lambda name: name.startswith(UNUSED),
+        lambda name: name.startswith(UNUSED)
     )
     return encoder.requires_grad_(False).eval(), path
 
 
 def resnet_sizes(tensors):
-    """The tensors of a CLIP ResNet -> channels, blocks of the four layers, side of the grid."""
+    """Return a CLIP ResNet's channels, the blocks of its four layers, and the side of its grid."""
     cells, width = tensors["visual.attnpool.positional_embedding"].shape
     layers = re.findall(r"visual\.layer(\d)\.\d+\.conv1\.weight", " ".join(tensors))
     blocks = [layers.count(number) for number in "1234"]
@@ -291,7 +295,7 @@ def resnet_sizes(tensors):
 # ---- preprocessing -------------------------------------------------------------------------------
 
 def read_preprocessing(folder, trained_size, size, squash):
-    """preprocessor_config.json, if there is one -> dict of what happens to each image.
+    """Return a dict of what happens to each image, by preprocessor_config.json if there is one.
 
     Raises ValueError for a key that asks for anything else, unless `size` or `squash` overrules it.
     """
@@ -305,7 +309,7 @@ def read_preprocessing(folder, trained_size, size, squash):
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        "do_normalize": True
     }
     if not squash:
         expected["do_center_crop"] = True
@@ -315,7 +319,7 @@ def read_preprocessing(folder, trained_size, size, squash):
         expected["crop_size"] = {"height": size, "width": size}
 
     for key, value in expected.items():
-        # Older files hold one number for both sides.
+        # Older files hold one number for both sides, which can be the value of no other key.
         if config.get(key, value) not in (value, trained_size):
             raise ValueError(f"{path}: {key}: found {config[key]!r}, expected {value!r}")
     return {
@@ -323,12 +327,12 @@ def read_preprocessing(folder, trained_size, size, squash):
         "trained_size": trained_size,
         "mean": config.get("image_mean", MEAN),
         "std": config.get("image_std", STD),
-        "resize": "both sides, bicubic" if squash else "shorter side, bicubic, then centre crop",
+        "resize": "both sides, bicubic" if squash else "shorter side, bicubic, then centre crop"
     }
 
 
 def preprocess(pixels, size, squash=False):
-    """One image, uint8 RGB [height, width, 3] -> uint8 [3, size, size].
+    """Return an image as uint8 [3, size, size], given uint8 RGB [height, width, 3].
 
     The shorter side becomes `size`, then the centre is cut out. With `squash`, both sides become
     `size`. Where the centre lies between two pixels, we round as OpenAI does, to an even offset.
@@ -344,7 +348,7 @@ def preprocess(pixels, size, squash=False):
 
 
 def normalise(pixels, mean=MEAN, std=STD):
-    """uint8 [B, 3, I, I] -> float32 [B, 3, I, I]."""
+    """Return float32 pixels [B, 3, I, I] with about mean 0 and variance 1, given uint8 ones."""
     mean, std = torch.tensor([mean, std], device=pixels.device).view(2, 3, 1, 1)
     return (pixels.float() / 255 - mean) / std
 
@@ -352,8 +356,10 @@ def normalise(pixels, mean=MEAN, std=STD):
 # ---- images --------------------------------------------------------------------------------------
 
 def decode(path):
-    """An image file -> uint8 RGB [height, width, 3], "". A broken image is black, and instead of ""
-    comes what is wrong with it."""
+    """Return the pixels of an image file, uint8 RGB [height, width, 3], and what is wrong with it.
+
+    An image is usually fine: then the second is "". A broken image is one black pixel.
+    """
     from PIL import Image
 
     # A disk that fails is not a broken image, so the file is read before it is decoded.
@@ -388,12 +394,12 @@ class Images:
             self.images = [path for path in source.iterdir() if path.suffix.lower() in suffixes]
             self.images.sort()
             ids = [re.sub(COCO_NAME, "", path.stem) for path in self.images]
-            ids_file = source
+            place = source
         else:
             self.images = open_array(source, np.uint8, 4)
-            ids_file = ids_file or source.with_suffix(".json")
-            ids = read_json(ids_file)
-        self.ids = check_ids(ids, self.images, ids_file)
+            place = ids_file or source.with_suffix(".json")
+            ids = read_json(place)
+        self.ids = check_ids(ids, self.images, place)
 
     def __getitem__(self, index):
         pixels = self.images[index]
@@ -403,13 +409,14 @@ class Images:
         return preprocess(pixels, self.size, self.squash), problem
 
 
-def check_ids(ids, images, path):
-    """One id for each image -> list of strings. Raises ValueError unless all are different."""
+def check_ids(ids, images, place):
+    """Return the ids as strings. Raises ValueError unless each image has one of its own."""
     ids = list(map(str, ids))
-    if not ids or not len(images) == len(ids) == len(set(ids)):
+    repeated = Counter(ids) - Counter(set(ids))
+    if not ids or repeated or len(images) != len(ids):
         raise ValueError(
-            f"{path}: found {len(ids)} ids for {len(images)} images, the most frequent "
-            f"{Counter(ids).most_common(1)}, expected a different id for each image"
+            f"{place}: found {len(ids)} ids for {len(images)} images, "
+            f"repeated {list(repeated)[:3]}, expected a different id for each image"
         )
     return ids
 
@@ -417,7 +424,7 @@ def check_ids(ids, images, path):
 # ---- feature file --------------------------------------------------------------------------------
 
 def open_array(path, dtype, dimensions):
-    """An .npy file -> memory-mapped array. Raises OSError or ValueError."""
+    """Return the memory-mapped array of an .npy file. Raises OSError or ValueError."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except (EOFError, ValueError) as error:
@@ -431,17 +438,18 @@ def open_array(path, dtype, dimensions):
 
 
 def load_features(path):
-    """FILE.npy, with FILE.json -> (memory-mapped float16 [images, N, V], {id: row}, FILE.json).
+    """Return what FILE.npy and FILE.json hold: features, {id: row} and the content of FILE.json.
 
-    Raises OSError or ValueError, which names the file. An image that was skipped has no id here.
+    The features are memory-mapped float16 [images, N, V]. An image that was skipped has no row
+    here. Raises OSError or ValueError, which names the file.
     """
     features = open_array(path, np.float16, 3)
     about_path = Path(path).with_suffix(".json")
     about = read_json(about_path)
-    ids = check_ids(about["ids"], features, about_path)
+    ids = check_ids(about.get("ids", []), features, about_path)
     skipped = about.get("skipped", [])
-    rows = {image_id: row for row, image_id in enumerate(ids) if image_id not in skipped}
-    return features, rows, about
+    row_of = {image_id: row for row, image_id in enumerate(ids) if image_id not in skipped}
+    return features, row_of, about
 
 
 def write_json(path, content):
@@ -455,85 +463,85 @@ def write_json(path, content):
 
 
 def open_part(path, about):
-    """Begin or continue FILE.part.npy -> (its rows, what FILE.part.json says about them).
+    """Begin or continue FILE.part.npy. Return its array and what FILE.part.json says about it.
 
     Raises FileExistsError for a finished file, ValueError for a partial one of another command.
     """
-    for finished in (path, path.with_suffix(".json")):
-        if finished.exists():
-            raise FileExistsError(f"{finished}: exists already; remove it to compute it again")
-    path.parent.mkdir(parents=True, exist_ok=True)
     progress = path.with_suffix(".part.json")
+    # A run that was killed at its very end leaves FILE.json beside the partial files.
+    about_path = path.with_suffix(".json")
+    if path.exists() or (about_path.exists() and not progress.exists()):
+        raise FileExistsError(f"{path} or {about_path}: exists already; remove it to compute again")
+    path.parent.mkdir(parents=True, exist_ok=True)
     mode = "w+"
     if progress.exists():
         mode = "r+"
         saved = read_json(progress)
+        # Only the progress may differ.
         if {**saved, "done": 0, "skipped": []} != about:
             raise ValueError(f"{progress}: has other settings, weights or images; remove it")
         about = saved
     shape = (len(about["ids"]), math.prod(about["grid"]), about["width"])
-    part = path.with_suffix(".part.npy")
-    return np.lib.format.open_memmap(part, mode, np.float16, shape), about
+    return np.lib.format.open_memmap(path.with_suffix(".part.npy"), mode, np.float16, shape), about
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 def prepare(args):
-    """Open all that the command needs -> encoder, images, rows of the feature file, its .json."""
-    encoder, weights = load_encoder(args.model)
-    trained_size = encoder.trained_size
-    preprocessing = read_preprocessing(weights.parent, trained_size, args.size, args.squash)
+    """Return the encoder, the batches of images, the array to fill and what is known about it."""
+    encoder, path = load_encoder(args.model)
+    preprocessing = read_preprocessing(path.parent, encoder.trained_size, args.size, args.squash)
     size = preprocessing["size"]
     if size < 1 or size % encoder.stride:
         raise ValueError(f"--size: found {size}, expected a multiple of {encoder.stride}")
     images = Images(args.images, args.ids, size, args.squash)
     about = {
         "kind": encoder.kind,
-        "weights": hashlib.sha256(np.memmap(weights, mode="r")).hexdigest()[:16],
+        "weights": hashlib.sha256(np.memmap(path, mode="r")).hexdigest()[:16],
         "grid": [size // encoder.stride] * 2,
         "width": encoder.width,
         "preprocessing": preprocessing,
         "ids": images.ids,
         "skipped": [],
-        "done": 0,
+        "done": 0
     }
-    rows, about = open_part(args.out, about)
+    array, about = open_part(args.out, about)
 
-    # Only files are decoded. Besides, each worker might get a copy of a whole array.
+    # Workers decode files. An array needs none, and each of them might get a copy of it.
     workers = min(8, os.cpu_count()) if args.images.is_dir() else 0
-    left = range(about["done"], len(rows))
-    loader = DataLoader(images, args.batch_size, sampler=left, num_workers=workers)
-    return encoder, loader, rows, about
+    remaining = range(about["done"], len(array))
+    loader = DataLoader(images, args.batch_size, sampler=remaining, num_workers=workers)
+    return encoder, loader, array, about
 
 
 @torch.inference_mode()
-def extract(args, encoder, loader, rows, about):
-    """Compute the rows that are left, batch by batch, and put the files in place."""
+def extract(args, encoder, loader, array, about):
+    """Compute the remaining rows of the array, batch by batch, and put the files in place."""
     # A signal ends the run after the batch that is being computed.
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
-    colours = about["preprocessing"]["mean"], about["preprocessing"]["std"]
-    part = args.out.with_suffix(".part.npy")
+    preprocessing = about["preprocessing"]
     progress = args.out.with_suffix(".part.json")
 
     for pixels, problems in tqdm(loader, unit=" batches", disable=None):
         done = about["done"]
         for row, problem in enumerate(problems, done):
-            if problem and not args.skip_broken:
-                raise ValueError(f"{problem}; --skip-broken leaves such images out")
             if problem:
+                if not args.skip_broken:
+                    raise ValueError(f"{problem}; --skip-broken leaves such images out")
                 about["skipped"].append(about["ids"][row])
-        features = encoder(normalise(pixels.to(device), *colours)).half()
+        x = normalise(pixels.to(device), preprocessing["mean"], preprocessing["std"])
+        features = encoder(x).half()
         if not features.isfinite().all():
             raise ValueError(f"images from {about['ids'][done]} on: a feature is not finite")
 
         # A write to a full disk is an error that can be reported; a memory map would crash.
-        # The rows are on the disk before their number is.
-        with open(part, "r+b") as file:
-            file.seek(rows[:done].nbytes + rows.offset)
+        # The rows are on the disk before their number is. They start behind the file's header.
+        with open(array.filename, "r+b") as file:
+            file.seek(array.offset + array[:done].nbytes)
             file.write(features.cpu().numpy().tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -544,9 +552,9 @@ def extract(args, encoder, loader, rows, about):
             sys.exit(128 + stop[0])
 
     write_json(args.out.with_suffix(".json"), about)
-    os.replace(part, args.out)
+    os.replace(array.filename, args.out)
     progress.unlink()
-    print(f"{args.out}: float16 {list(rows.shape)}, {len(about['skipped'])} images left out")
+    print(f"{args.out}: float16 {list(array.shape)}, {len(about['skipped'])} images left out")
 
 
 class Parser(argparse.ArgumentParser):
@@ -559,7 +567,7 @@ def main():
     add = parser.add_argument
     add("--model", required=True, help="folder or public name of a CLIP")
     add("--images", type=Path, required=True, help="folder of images, or .npy file of pixels")
-    add("--ids", type=Path, help="JSON list of the ids of an .npy file's images")
+    add("--ids", type=Path, help="JSON list of an .npy file's ids; a folder has its names as ids")
     add("--out", type=Path, required=True, help="the file to write, FILE.npy")
     add("--batch-size", type=int, default=64, help="images in one pass")
     add("--size", type=int, help="side of the input in pixels (default: as in training)")

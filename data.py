@@ -11,7 +11,8 @@ Text formats are T5's own (Raffel et al. 2020, appendix D), because public T5 ch
 seen them. This module knows numbers and text only: no model and no image. From top to bottom:
 tasks and examples, errors, file formats, readers, the table of tasks, splits, text formats,
 metrics, predictions, downloads, the command line.
-Marks: [P] printed in the paper, [X] borrowed from earlier work's code, [C] our choice.
+Marks: [P] printed in the paper, [X] borrowed from earlier work's code, [R] reconstructed,
+[C] our choice.
 """
 import argparse
 import contextlib
@@ -44,21 +45,25 @@ def pairs(text):
 
 @dataclass
 class Task:
-    """A data set: where its files are, and how they become text."""
+    """A data set: where its files are, and how they become text.
+
+    A dict is given as a string in the notation of pairs(), which becomes the dict.
+    """
 
     # The first word of every source text.
     name: str
     # The folder of its files, below the data folder.
     folder: str
-    # The format of the files: (path, at) -> rows.
-    rows: Callable
+    # The format of the files: (path, where) -> rows, see the file formats below.
+    read_rows: Callable
     # "name in the source text=column of the file", in alphabetical order as in T5.
     fields: dict
-    # "label in the file=label word". The positive class comes second. Empty: no classes.
+    # "label in the file=label word". Empty: no classes.
+    # Of two, the second is the positive class of f1 and matthews.
     labels: dict = ""
     # The column of the label.
     column: str = "label"
-    # The metrics that choose the best checkpoint.
+    # The metrics of score(). Their mean chooses the best checkpoint.
     metrics: tuple = ("accuracy",)
     # "split=file". A file of the split "test" may be absent.
     files: dict = "train=train.tsv, validation=dev.tsv"
@@ -73,20 +78,18 @@ class Task:
     beams: int = 1
 
     def __post_init__(self):
-        self.fields = pairs(self.fields)
-        self.labels = pairs(self.labels)
-        self.files = pairs(self.files)
-        self.submission = pairs(self.submission)
-        self.urls = pairs(self.urls)
+        for name in ("fields", "labels", "files", "submission", "urls"):
+            setattr(self, name, pairs(getattr(self, name)))
         self.is_visual = bool(self.prompt)
         # The parts of a source text that stand before the texts of the fields.
-        self.prompts = [f"{name}:" for name in self.fields]
-        self.prompts[:1] = [self.prompt or f"{self.name} {self.prompts[0]}"]
+        first, *others = [f"{name}:" for name in self.fields] or [""]
+        self.prompts = [self.prompt or f"{self.name} {first}", *others]
 
     def label_words(self):
         """Return the texts that a right output can be; none where answers are free."""
         if self.labels or self.is_visual:
             return list(self.labels.values())
+        # Only STS-B is left.
         return [stsb_target(step / 5) for step in range(26)]
 
 
@@ -124,8 +127,8 @@ class UserError(Exception):
 
 
 # What Python, PyTorch and safetensors raise for content that they cannot read.
-DAMAGED = (ValueError, RuntimeError, EOFError, IndexError, zipfile.BadZipFile, UnpicklingError,
-           SafetensorError)
+DAMAGED = (ValueError, TypeError, AttributeError, RuntimeError, EOFError, IndexError,
+           zipfile.BadZipFile, UnpicklingError, SafetensorError)
 
 
 @contextlib.contextmanager
@@ -135,44 +138,45 @@ def reading(place):
     Yield an object. A reader sets its `entry` to the line or entry that is read, and its `found`
     to the columns or keys there.
     """
-    at = SimpleNamespace(entry="", found=())
+    where = SimpleNamespace(entry="", found=())
     try:
-        yield at
+        yield where
         return
     except OSError as error:
         problem = error.strerror or str(error)
     except json.JSONDecodeError as error:
         problem = f"not JSON: {error.msg}"
     except KeyError as error:
-        problem = f"no column or key {error}; found {', '.join(at.found) or 'none'}"
+        problem = f"found no {error} among {', '.join(where.found) or 'its entries'}"
     except DAMAGED as error:
         problem = str(error)
-    place = f"{place}: {at.entry}" if at.entry else place
-    raise UserError(f"{place}: {problem}")
+    entry = f"{where.entry}: " if where.entry else ""
+    raise UserError(f"{place}: {entry}{problem}")
 
 
 # ---- file formats --------------------------------------------------------------------------------
-# A format is a function (path, at) that yields the rows of a file as {column: cell}. `at` is what
-# `reading` yields. "index", "image", "split" and "kind" of a row are its example's.
+# A format is a function (path, where) that yields the rows of a file as {column: cell}. `where` is
+# what `reading` yields. "index", "image", "split" and "kind" of a row are its example's.
 
 
-def read_lines(path, at, encoding="utf-8"):
+def read_lines(path, where, encoding="utf-8"):
     """Yield the lines of a file that are not blank, without line end and byte order mark."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            at.entry = f"line {number}"
+            where.entry = f"line {number}"
             if line.strip():
                 yield line.decode(encoding).strip("\ufeff\r\n")
 
 
-def read_tsv(path, at, names=(), short_lines=False):
+def read_tsv(path, where, names=(), short_lines=False):
     """Read GLUE's format: cells between tabs, without quoting.
 
     The first line names the columns unless `names` does. With short_lines, lines with too few
     cells are left out, because the official file of QQP has a few.
     """
-    lines = read_lines(path, at)
+    lines = read_lines(path, where)
     names = names or next(lines, "").split("\t")
+    where.found = names
     for line in lines:
         cells = line.split("\t")
         if short_lines and len(cells) < len(names):
@@ -182,30 +186,31 @@ def read_tsv(path, at, names=(), short_lines=False):
         yield dict(zip(names, cells, strict=True))
 
 
-def read_json_lines(path, at):
+def read_json_lines(path, where):
     """Read SuperGLUE's format: a JSON object in each line."""
-    for line in read_lines(path, at):
-        yield json.loads(line)
+    for line in read_lines(path, where):
+        where.found = json.loads(line)
+        yield where.found
 
 
-def read_trec(path, at):
+def read_trec(path, where):
     """Read TREC's format, in Latin-1: "NUM:dist How far is it from Denver to Aspen ?"."""
-    for line in read_lines(path, at, "latin-1"):
+    for line in read_lines(path, where, "latin-1"):
         label, _, question = line.partition(" ")
         yield {"question": question, "label": label.partition(":")[0]}
 
 
-def read_imdb(path, at):
+def read_imdb(path, where):
     """Read IMDB's format: one text in each file, path/neg/0_9.txt or path/pos/0_9.txt."""
     for label in ("neg", "pos"):
         for file in sorted((path / label).glob("*.txt")):
-            at.entry = f"{label}/{file.name}"
+            where.entry = f"{label}/{file.name}"
             yield {"text": file.read_text("utf-8-sig").replace("\n", " "), "label": label}
 
 
-def read_snlive(path, at):
+def read_snlive(path, where):
     """Read SNLI-VE, without the rows on whose label the annotators disagree ("-")."""
-    for row in read_json_lines(path, at):
+    for row in read_json_lines(path, where):
         if row["gold_label"] == "-":
             continue
         # The last spelling is the official generator's.
@@ -220,11 +225,11 @@ BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
 JSON_KEY = re.compile(r'"([^"]*)"\s*:\s*')
 
 
-def read_json(path, at, part=None):
-    """Yield (key, entry) for each entry of a JSON file, a piece of which is in memory at a time.
+def read_json(path, where, part=None):
+    """Yield (key, entry) of a JSON object of up to a gigabyte, piece by piece.
 
-    The file holds an object and has up to a gigabyte. An entry is an element of its list `part`;
-    where that is None, every value.
+    The entries are the elements of the list whose key is `part`. Where that is None, every value is
+    an entry, and of a list every element.
     """
     decode = json.JSONDecoder().raw_decode
     text = ""
@@ -247,54 +252,54 @@ def read_json(path, at, part=None):
             elif text.startswith("}", position):
                 return
             else:
-                at.entry = f"{key}[{number}]"
-                at.found, position = decode(text, position)
+                where.entry = f"{key}[{number}]"
+                where.found, position = decode(text, position)
                 number += 1
                 if part in (key, None):
-                    yield key, at.found
+                    yield key, where.found
 
 
-def read_gqa(path, at):
+def read_gqa(path, where):
     """Read GQA's balanced questions, {question id: question}."""
-    for index, row in read_json(path, at):
+    for index, row in read_json(path, where):
         image = ("gqa", str(row["imageId"]))
         yield {**row, "index": index, "image": image, "label": (row["answer"],)}
 
 
-def read_questions(path, at):
+def read_questions(path, where):
     """Read a question file of VQAv2 or OK-VQA.
 
     The name tells the images, as in v2_OpenEnded_mscoco_train2014_questions.json. The questions of
     test-dev are about images of test.
     """
     image_set = path.stem.split("_")[-2].replace("test-dev", "test")
-    for _, row in read_json(path, at, "questions"):
+    for _, row in read_json(path, where, "questions"):
         image = (image_set, str(row["image_id"]))
         yield {"index": str(row["question_id"]), "image": image, "question": row["question"]}
 
 
-def read_vqa(path, at):
+def read_vqa(path, where):
     """Read a question file with its annotations."""
     name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
     annotated = path.with_name(name)
     labels = {}
-    with reading(annotated) as place:
-        for _, row in read_json(annotated, place, "annotations"):
+    with reading(annotated) as elsewhere:
+        for _, row in read_json(annotated, elsewhere, "annotations"):
             answers = tuple(answer["answer"] for answer in row["answers"])
             kind = sys.intern(row["answer_type"])
             labels[str(row["question_id"])] = {"label": answers, "kind": kind}
 
-    for row in read_questions(path, at):
+    for row in read_questions(path, where):
         if row["index"] not in labels:
             raise ValueError(f"question_id {row['index']} has no annotation in {name}")
         yield row | labels[row["index"]]
 
 
-def read_official_captions(path, at):
+def read_official_captions(path, where):
     """Read captions_train2014.json, one row for each image. The label is all its captions."""
     image_set = path.stem.removeprefix("captions_")
     captions = {}
-    for _, row in read_json(path, at, "annotations"):
+    for _, row in read_json(path, where, "annotations"):
         captions.setdefault(str(row["image_id"]), []).append(row["caption"])
     for image, texts in captions.items():
         yield {"index": image, "image": (image_set, image), "label": tuple(texts)}
@@ -304,12 +309,13 @@ def read_official_captions(path, at):
 KARPATHY = pairs("train, restval=train, val=validation, test")
 
 
-def read_karpathy(path, at):
+def read_karpathy(path, where):
     """Read dataset_coco.json, one row for each image. The label is all its captions."""
-    for _, row in read_json(path, at, "images"):
+    for _, row in read_json(path, where, "images"):
         index = str(row["cocoid"])
         image = (row["filepath"], index)
         captions = tuple(sentence["raw"] for sentence in row["sentences"])
+        where.found = KARPATHY
         split = KARPATHY[row["split"]]
         yield {"index": index, "image": image, "split": split, "label": captions}
 
@@ -323,10 +329,11 @@ def find_files(task, folder):
     """Return {split: path} of a task. Only the file of a split "test" may be absent."""
     paths = {}
     for split, name in task.files.items():
-        if (folder / name).exists():
-            paths[split] = folder / name
+        path = folder / name
+        if path.exists():
+            paths[split] = path
         elif split != "test":
-            raise UserError(f"{folder / name}: no such file, expected the {split} split; {HINT}")
+            raise UserError(f"{path}: no such file, expected the {split} split; {HINT}")
     return paths
 
 
@@ -337,15 +344,16 @@ def read_task(task, folder, protocol):
     found in the task's folder, above it, or in a folder COCO there.
     """
     if task.name == "mrpc" and not (folder / "train.tsv").exists():
-        return read_files(task, {"train": folder / MRPC_SOURCE}, split_mrpc)
+        # The validation set is the one that can lack examples, if GLUE's list is a wrong one.
+        return read_files(task, {"validation": folder / MRPC_SOURCE}, split_mrpc)
     karpathy = []
     if protocol == "paper" and task.name in ("vqa", "caption"):
         names = ("dataset_coco.json", "COCO/dataset_coco.json")
-        paths = [place / name for place in (folder, folder.parent) for name in names]
+        paths = [parent / name for parent in (folder, folder.parent) for name in names]
         karpathy = [path for path in paths if path.exists()]
     if karpathy and task.name == "caption":
         return read_files(task, {"train": karpathy[0]}, read_karpathy)
-    splits = read_files(task, find_files(task, folder), task.rows)
+    splits = read_files(task, find_files(task, folder), task.read_rows)
     return split_by_image(splits, karpathy[0]) if karpathy else splits
 
 
@@ -353,26 +361,25 @@ def split_by_image(splits, path):
     """Pool training and validation examples, and split them as Karpathy's file splits images."""
     examples = splits["train"] + splits["validation"]
     splits = {split: [] for split in KARPATHY.values()}
-    with reading(path) as at:
-        split_of = {row["image"]: row["split"] for row in read_karpathy(path, at)}
+    with reading(path) as where:
+        split_of = {row["image"]: row["split"] for row in read_karpathy(path, where)}
     with reading(path):
         for example in examples:
             splits[split_of[example.image]].append(example)
     return splits
 
 
-def read_files(task, paths, rows, labelled=True):
+def read_files(task, paths, read_rows, labelled=True):
     """Read {split: path}. Return {split: [Example]}; raise UserError."""
     splits = {}
     for name, path in paths.items():
-        with reading(path) as at:
-            for number, row in enumerate(rows(path, at)):
-                at.found = row
+        with reading(path) as where:
+            for number, row in enumerate(read_rows(path, where)):
                 example = make_example(task, row, number, labelled)
                 splits.setdefault(row.get("split", name), []).append(example)
             found = len(splits.get(name, []))
             if found < 2:
-                raise ValueError(f"found {found} examples, expected at least 2")
+                raise ValueError(f"found {found} examples for {name}, expected at least 2")
     return splits
 
 
@@ -382,8 +389,7 @@ def make_example(task, row, number, labelled):
     parts = source_parts(task, texts)
     index = row.get("index", str(number))
     gold, target, targets = read_label(task, row[task.column]) if labelled else (None, "", ())
-    kind = row.get("kind", "")
-    return Example(parts, target, gold, index, row.get("image"), targets, kind)
+    return Example(parts, target, gold, index, row.get("image"), targets, row.get("kind", ""))
 
 
 def read_label(task, label):
@@ -395,12 +401,14 @@ def read_label(task, label):
         return label, task.labels[label], ()
     if task.is_visual:
         return weigh_answers(label)
+    # Only STS-B is left.
     value = parse_number(label)
     if not 0 <= value <= 5:
         raise ValueError(f"found score {label!r}, expected a number from 0 to 5")
     return value, stsb_target(value), ()
 
 
+# Many examples have the same answers. With the cache, they share one result in memory.
 @cache
 def weigh_answers(answers):
     """Return the answers, the likeliest one, and pairs (answer, its VQA accuracy)."""
@@ -423,9 +431,9 @@ MRPC_SOURCE = "msr_paraphrase_train.txt"
 MRPC_IDS = "mrpc_dev_ids.tsv"
 
 
-def split_mrpc(path, at):
+def split_mrpc(path, where):
     """Read MRPC's own source. GLUE lists the pairs of ids that are its validation set."""
-    rows = {f"{row['#1 ID']}\t{row['#2 ID']}": row for row in read_tsv(path, at)}
+    rows = {f"{row['#1 ID']}\t{row['#2 ID']}": row for row in read_tsv(path, where)}
     ids = path.with_name(MRPC_IDS)
     if ids.exists():
         held_out = ids.read_text().split("\n")
@@ -456,14 +464,14 @@ TASK_LIST = [
     ),
     Task(
         "mrpc", "MRPC", read_tsv, "sentence1=#1 String, sentence2=#2 String",
-        "0=not_equivalent, 1=equivalent", "Quality", ("accuracy", "f1"),
+        "0=not_equivalent, 1=equivalent", column="Quality", metrics=("accuracy", "f1"),
         submission="MRPC.tsv=test.tsv",
         urls=f"{MRPC_SOURCE}={MRPC_URL}{MRPC_SOURCE}, "
         f"test.tsv={MRPC_URL}msr_paraphrase_test.txt, {MRPC_IDS}={GLUE_URL}{MRPC_IDS}"
     ),
     Task(
         "qqp", "QQP", partial(read_tsv, short_lines=True), "question1, question2",
-        "0=not_duplicate, 1=duplicate", "is_duplicate", ("accuracy", "f1"),
+        "0=not_duplicate, 1=duplicate", column="is_duplicate", metrics=("accuracy", "f1"),
         submission="QQP.tsv=test.tsv", urls=f"official.zip={GLUE_URL}QQP-clean.zip"
     ),
     Task(
@@ -473,7 +481,7 @@ TASK_LIST = [
     ),
     Task(
         "mnli", "MNLI", read_tsv, "hypothesis=sentence2, premise=sentence1",
-        "entailment, neutral, contradiction", "gold_label",
+        "entailment, neutral, contradiction", column="gold_label",
         files="train=train.tsv, validation=dev_matched.tsv, mismatched=dev_mismatched.tsv",
         submission="MNLI-m.tsv=test_matched.tsv, MNLI-mm.tsv=test_mismatched.tsv",
         urls=f"official.zip={GLUE_URL}MNLI.zip"
@@ -539,7 +547,7 @@ TASK_LIST = [
     ),
     Task(
         "snlive", "SNLI-VE", read_snlive, "hypothesis=sentence2",
-        "entailment, neutral, contradiction", "gold_label",
+        "entailment, neutral, contradiction", column="gold_label",
         files="train=snli_ve_train.jsonl, validation=snli_ve_dev.jsonl, test=snli_ve_test.jsonl",
         prompt="snlive hypothesis:"
     ),
@@ -547,7 +555,7 @@ TASK_LIST = [
 TASKS = {task.name: task for task in TASK_LIST}
 # The paper's eight [P].
 GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
-# Trained together [gqa P; the others are reconstructed].
+# Trained together [gqa P, at second hand; the others R].
 VL = ["vqa", "gqa", "caption"]
 
 
@@ -588,9 +596,8 @@ def make_splits(task, data_dir, protocol="paper"):
     Protocol "paper": of a task with fewer than 10,000 training examples, the validation file is
     halved into validation and test. Of a larger one, 1,000 training examples become validation
     and leave training, and the validation file becomes test [P].
-    Protocol "official": the files as they are, without the test files, whose labels are secret.
-    Tasks that have a test file with labels, and image tasks, are not split further [C]. For vqa
-    and caption, the paper's protocol uses Karpathy's splits.
+    Protocol "official": the labelled files as they are. Image tasks, and tasks with a labelled test
+    file, are never split further [C].
     """
     folder = find_folder(task, data_dir)
     splits = read_task(task, folder, protocol)
@@ -603,8 +610,11 @@ def make_splits(task, data_dir, protocol="paper"):
     if small:
         half = len(examples) // 2
         return splits | {"validation": shuffled[:half], "test": shuffled[half:]}
-    held_out = {"validation": shuffled[:1000], "test": splits["validation"]}
-    return splits | held_out | {"train": shuffled[1000:]}
+    return splits | {
+        "train": shuffled[1000:],
+        "validation": shuffled[:1000],
+        "test": splits["validation"]
+    }
 
 
 def read_submission(task, data_dir):
@@ -615,12 +625,13 @@ def read_submission(task, data_dir):
     if not paths:
         raise UserError(f"{folder}: found no test data of {task.name} for an evaluation server")
     # CoLA's test file has a header, unlike its others.
-    rows = read_questions if task.is_visual else read_tsv
-    return read_files(task, paths, rows, labelled=False)
+    read_rows = read_questions if task.is_visual else read_tsv
+    return read_files(task, paths, read_rows, labelled=False)
 
 
 def sample_examples(examples, count, seed):
     """Draw examples, in their order. A smaller sample is part of a larger one."""
+    # The second number keeps the draw apart from those of train.py.
     order = np.random.default_rng([seed, 2**21]).permutation(len(examples))
     return [examples[number] for number in sorted(order[:count])]
 
@@ -657,7 +668,8 @@ def stsb_target(score):
 
 
 # ---- metrics -------------------------------------------------------------------------------------
-# predicted, gold: arrays [examples] of scores or of classes. Class 1 is the positive one.
+# predicted, gold: arrays [examples] of scores or of classes. Where f1 or matthews is a metric, the
+# classes are 0 and 1, and class 1 is the positive one.
 
 
 def accuracy(predicted, gold):
@@ -769,7 +781,9 @@ def vqa_accuracy(text, answers):
     return leave_one_out(answers.count(text), len(answers))
 
 
+# The end of a word that becomes a word of its own: n't, 's, 're, ..., and the "not" of "cannot".
 CAPTION_SPLIT = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m)|(?<=\bcan)not)\b")
+# Such an end; o'clock; abbreviations; numbers; words, joined by a mark or not; single signs.
 CAPTION_WORD = re.compile(
     r"(?<!\S)(?:n't|'(?:s|re|ve|ll|d|m))\b|o'clock|\b(?:[a-z]\.){2,}"
     r"|\d+(?:[.,:]\d+)+|@?\w+(?:[-/&]\w+)*|[$%&#@*=+]"
@@ -818,6 +832,7 @@ def cider(hypotheses, references):
                 cosine = np.minimum(left, right) @ right / max(norms, 1e-300)
                 # The penalty on different lengths has sigma 6.
                 penalty = math.exp(-((len(words) - len(caption)) ** 2) / 72)
+                # The factor is 10 over the four values of n.
                 total += 2.5 * penalty * cosine / len(captions)
     return total / images
 
@@ -873,13 +888,14 @@ def score(task, outputs, examples):
             metrics[kind] = float(values[chosen].mean())
         return metrics
 
-    # STS-B's gold scores are not rounded.
     predicted = parse_outputs(task, outputs)
-    gold = np.array([example.gold for example in examples])
     if task.labels:
         gold = parse_outputs(task, [example.target for example in examples])
         # An output that is no label counts as a wrong one; of two classes, as the opposite.
         predicted = np.where(predicted < 0, 1 - gold, predicted)
+    else:
+        # STS-B's gold scores are not rounded.
+        gold = np.array([example.gold for example in examples])
     return {name: float(METRICS[name](predicted, gold)) for name in task.metrics}
 
 
@@ -944,20 +960,21 @@ def write_file(path, content):
 
 def download(task, data_dir):
     """Fetch the official files if they are not there yet. Unpack those of a zip that are read."""
-    with contextlib.suppress(UserError):
+    try:
         folder = find_folder(task, data_dir)
         # The last download of MRPC, which has no train.tsv.
         if not (folder / MRPC_IDS).exists():
             find_files(task, folder)
         return
+    except UserError:
+        if not task.urls:
+            raise
+
     folder = Path(data_dir) / task.folder
-    if not task.urls:
-        raise UserError(f"{folder}: no such folder; {HINT}")
     folder.mkdir(parents=True, exist_ok=True)
     for name, url in task.urls.items():
         with reading(url):
-            progress = sys.stderr.isatty()
-            torch.hub.download_url_to_file(url, str(folder / name), progress=progress)
+            torch.hub.download_url_to_file(url, str(folder / name), progress=sys.stderr.isatty())
 
     archive = folder / "official.zip"
     if archive.exists():
@@ -973,8 +990,8 @@ def run(main):
     """Call a program's main. A user's mistake or a full memory ends in one line and code 2."""
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -991,7 +1008,7 @@ def main():
             download(task, args.data_dir)
         splits = make_splits(task, args.data_dir, args.protocol)
         for name, examples in splits.items():
-            print(f"{name}: {len(examples):,} examples")
+            print(f"{task.name}, {name}: {len(examples):,} examples")
         for example in splits["train"][:5]:
             print(f"\n{example.source}\n  -> {example.target}")
 

@@ -224,6 +224,9 @@ def test_open_clip_weights_are_found_beside_weights_of_another_library(tmp_path)
     save_file(random_resnet(), tmp_path / "open_clip_model.safetensors")
     save_file({"stem.conv1.weight": torch.ones(1)}, tmp_path / "model.safetensors")
     assert load_encoder(tmp_path)[1].name == "open_clip_model.safetensors"
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: found no .* expected a vision trans"):
+        load_encoder(tmp_path)
 
 
 def test_a_public_name_brings_both_configs_where_there_are_any(model, monkeypatch):
@@ -420,6 +423,10 @@ def test_a_stopped_or_killed_run_continues_to_the_same_bytes(model, tmp_path, co
     assert_one_line(command(model, array, tmp_path / "f.npy", "--squash"), progress, "settings")
     assert command(model, array, tmp_path / "f.npy")[0] == 0
     assert not [*tmp_path.glob("*.part.*"), *tmp_path.glob("*.tmp")]
+    # It may also be killed between the two files that it leaves.
+    (tmp_path / "f.npy").rename(tmp_path / "f.part.npy")
+    progress.write_bytes((tmp_path / "f.json").read_bytes())
+    assert command(model, array, tmp_path / "f.npy")[0] == 0 and not progress.exists()
     for end in ("npy", "json"):
         whole = (tmp_path / f"whole.{end}").read_bytes()
         assert (tmp_path / f"f.{end}").read_bytes() == whole
@@ -430,7 +437,7 @@ def test_a_stopped_or_killed_run_continues_to_the_same_bytes(model, tmp_path, co
     ("pixels.json", "[1, 2]", [], ["pixels.json", "found 2 ids for 9 images"]),
     ("f.json", "{}", [], ["f.json", "exists already"]),
     ("f.npy", "", [], ["f.npy", "exists already"]),
-    ("images/COCO_train2014_000000000007.jpg", "", ["--images", "images"], ["('7', 2)"]),
+    ("images/COCO_train2014_000000000007.jpg", "", ["--images", "images"], ["repeated ['7']"]),
     ("empty/notes.txt", "", ["--images", "empty"], ["empty", "0 ids"]),
     ("notes", "", ["--ids", "nowhere.json"], ["nowhere.json", "No such file"]),
     ("notes", "", ["--model", "nowhere"], ["nowhere"]),
@@ -458,6 +465,13 @@ def test_features_that_overflow_are_an_error(copy, command):
 ROWS = np.zeros((3, 2, 4), np.float16)
 
 
+def test_a_feature_file_without_ids_is_named(tmp_path):
+    np.save(tmp_path / "f.npy", ROWS)
+    (tmp_path / "f.json").write_text("{}")
+    with pytest.raises(ValueError, match="f.json: found 0 ids for 3 images"):
+        load_features(tmp_path / "f.npy")
+
+
 @pytest.mark.parametrize("array, length, ids, words", [
     (None, 0, "abc", ["f.npy", "No such file"]),
     (ROWS.astype(np.float32), 999, "abc", ["f.npy", "float32", "expected float16"]),
@@ -466,7 +480,7 @@ ROWS = np.zeros((3, 2, 4), np.float16)
     (ROWS, 0, "abc", ["f.npy", "not a whole .npy file"]),
     (ROWS, 175, "abc", ["f.npy", "not a whole .npy file"]),
     (ROWS, 999, "ab", ["f.json", "found 2 ids for 3"]),
-    (ROWS, 999, "aba", ["f.json", "('a', 2)"]),
+    (ROWS, 999, "aba", ["f.json", "repeated ['a']"]),
     (ROWS, 999, "", ["f.json", "No such file"]),
 ])
 def test_a_wrong_feature_file_is_named(array, length, ids, words, tmp_path):

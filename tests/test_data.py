@@ -627,11 +627,12 @@ ANSWERED = "VQAv2/v2_" + ANNOTATIONS.format("train2014")
 
 
 @pytest.mark.parametrize("task, file, content, message", [
-    ("rte", "RTE/dev.tsv", f"{PAIR_HEADER}\n{ENTAILED}", "found 1 examples, expected at least 2"),
+    ("rte", "RTE/dev.tsv", f"{PAIR_HEADER}\n{ENTAILED}",
+     "found 1 examples for validation, expected"),
     ("rte", RTE, f"{PAIR_HEADER}\n\n0\ta\tb", "line 3: found 3 columns, expected 4"),
     ("rte", RTE, f"{PAIR_HEADER}\n{ENTAILED}\n0\ta\tb\tyes",
      "line 3: found label 'yes', expected one of entailment, not_entailment"),
-    ("rte", RTE, "sentence1\tsentence2\na\tb", "no column or key 'label'; found sentence1"),
+    ("rte", RTE, "sentence1\tsentence2\na\tb", "found no 'label' among sentence1, sentence2"),
     ("rte", RTE, PAIR_HEADER.encode() + b"\n0\ta\t\xff\tb", "line 2: 'utf-8' codec can't decode"),
     ("rte", RTE, None, "no such file, expected the train split; --download fetches"),
     ("rte", "RTE/dev.tsv", None, "no such file, expected the validation split"),
@@ -639,20 +640,25 @@ ANSWERED = "VQAv2/v2_" + ANNOTATIONS.format("train2014")
     ("stsb", STSB, f"{SCORES}-.1", "found score '-.1'"),
     ("qqp", "QQP/train.tsv", f"{QQP_HEADER}\n0\t1\t2\ta\tb\t1\t1", "found 7 columns, expected 6"),
     ("cb", "CB/train.jsonl", '{"label": "neutral"', "line 1: not JSON: Expecting"),
-    ("snlive", SNLI, snli(key="image"), "line 1: no column or key 'Flikr"),
+    ("cb", "CB/train.jsonl", '{"label": "neutral"}', "line 1: found no 'hypothesis' among label"),
+    ("cb", "CB/train.jsonl", "[]", "line 1: list indices must be integers"),
+    ("cb", "CB/train.jsonl", "null", "line 1: 'NoneType' object"),
+    ("cb", "CB/train.jsonl", '{"hypothesis": 1, "premise": ""}', "line 1: 'int' object"),
+    ("snlive", SNLI, snli(key="image"), "line 1: found no 'Flikr30kID' among gold_label, "),
     ("vqa", ASKED, json.dumps({"questions": [QUESTION]})[:-2], "questions[1]: not JSON: Expecting"),
     ("vqa", ASKED, {"questions": [QUESTION, {"question_id": 2}]},
-     "questions[1]: no column or key 'image_id'; found question_id"),
+     "questions[1]: found no 'image_id' among question_id"),
     ("vqa", ASKED, {"questions": [{**QUESTION, "question_id": 3}]},
      f"question_id 3 has no annotation in v2_{ANNOTATIONS.format('train2014')}"),
     ("vqa", ANSWERED, None, "No such file or directory"),
     ("vqa", ANSWERED, {"annotations": [{"question_id": 1}]},
-     "annotations[0]: no column or key 'answers'; found question_id"),
-    ("vqa", "dataset_coco.json", karpathy(("train2014", 9, "dev", [])), "column or key 'dev'"),
+     "annotations[0]: found no 'answers' among question_id"),
+    ("vqa", "dataset_coco.json", karpathy(("train2014", 9, "dev", [])),
+     "found no 'dev' among train"),
     ("vqa", "dataset_coco.json", karpathy(("train2014", 8, "val", [])),
-     "dataset_coco.json: no column or key ('train2014', '9')"),
+     "dataset_coco.json: found no ('train2014', '9') among its"),
     ("gqa", "GQA/train_balanced_questions.json", {"7": {"question": "a", "imageId": 1}},
-     "7[0]: no column or key 'answer'; found question, imageId"),
+     "7[0]: found no 'answer' among question, imageId"),
 ])
 def test_a_wrong_file_is_named_with_the_place(task, file, content, message, tmp_path):
     """All other files are right."""
@@ -686,6 +692,9 @@ def test_missing_folders_and_unknown_names(tmp_path):
         data.read_submission(TASKS["gqa"], tmp_path)
     with pytest.raises(UserError, match="aclImdb: no such folder; .* by hand"):
         data.download(TASKS["imdb"], tmp_path)
+    write(tmp_path / "PAWS/train.tsv", "")
+    with pytest.raises(UserError, match="PAWS/dev.tsv: no such file, .* by hand"):
+        data.download(TASKS["paws"], tmp_path)
 
 
 def test_mistakes_of_the_user_end_in_one_line_and_bugs_do_not(capsys):
@@ -696,8 +705,11 @@ def test_mistakes_of_the_user_end_in_one_line_and_bugs_do_not(capsys):
         with pytest.raises(SystemExit, match="2"):
             data.run(functools.partial(fail, error))
         assert capsys.readouterr().err == "error: a b\n"
-    with pytest.raises(TypeError), data.reading("place"):
-        data.run(functools.partial(fail, TypeError()))
+    with pytest.raises(SystemExit, match="2"):
+        data.run(functools.partial(fail, MemoryError()))
+    assert capsys.readouterr().err == "error: out of memory\n"
+    with pytest.raises(NameError), data.reading("place"):
+        data.run(functools.partial(fail, NameError()))
     with pytest.raises(UserError, match="^place: a b$"), data.reading("place"):
         fail(ValueError("a b"))
 
@@ -717,7 +729,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     write_vqa(tmp_path / "VQAv2")
     write(tmp_path / "dataset_coco.json", IMAGES)
     command = ["data.py", "--data-dir", str(tmp_path), "--task"]
-    for options, expected in ([], "train: 3 examples\n"), (["--protocol", "official"], "train: 4 "):
+    official_protocol = (["--protocol", "official"], "vqa, train: 4 ")
+    for options, expected in ([], "vqa, train: 3 examples\n"), official_protocol:
         monkeypatch.setattr(sys, "argv", [*command, "vqa", "--download", *options])
         data.main()
         out = capsys.readouterr().out
@@ -774,7 +787,7 @@ def test_download_of_a_zip(server, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"<html>", "not a zip"), (None, "HTTP Error 404"),
-    (zipped("RTE/train.tsv"), "no column or key .*RTE/dev.tsv"),
+    (zipped("RTE/train.tsv"), "found no .*RTE/dev.tsv"),
     (WHOLE.replace(b"entailment", b"entailmenx"), "Bad CRC-32"),
 ])
 def test_broken_downloads(content, message, server, tmp_path):
@@ -800,3 +813,9 @@ def test_download_of_mrpc_from_its_three_sources(server, tmp_path, capsys):
     assert found == {"train": ["0", "1", "3", "4"], "validation": ["2", "5"],
                      "MRPC.tsv": ["0", "1", "2", "3", "4", "5"]}
     assert "note: " not in capsys.readouterr().err
+    write(tmp_path / "MRPC/mrpc_dev_ids.tsv", "2\t4")
+    with pytest.raises(UserError, match="msr_paraphrase_train.txt: .* 0 examples for validation"):
+        official("mrpc", tmp_path)
+    write(tmp_path / "MRPC/msr_paraphrase_train.txt", "Quality\t#1 ID", "1\t2")
+    with pytest.raises(UserError, match="line 2: found no '#2 ID' among Quality, #1 ID"):
+        official("mrpc", tmp_path)
