@@ -236,10 +236,11 @@ class Adapter:
         self.parts = parts                      # (W_down, b_down, W_up, b_up, lambda)
 
     def __call__(self, u):                                          # [B, S, D]
-        total = 0
-        for *weights, scale in self.parts:
-            total = total + scale * adapter(u, *weights)            # eq. (6), (10): lambda A(u)
-        return total
+        terms = []
+        for down, down_bias, up, up_bias, scale in self.parts:
+            # lambda A(u): to scale W_up and b_up spares a pass over all tokens.
+            terms.append(adapter(u, down, down_bias, scale * up, scale * up_bias))
+        return sum(terms[1:], start=terms[0])                       # eq. (6), (10)
 
 
 def adapter(u, down, down_bias, up, up_bias):

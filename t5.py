@@ -147,10 +147,11 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + epsilon) * weight. PyTorch takes the mean in float32."""
+    """x / sqrt(mean(x^2) + epsilon) * weight. On a CPU, F.rms_norm takes half as long again."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        mean_square = x.float().square().mean(-1, keepdim=True)
+        return x * torch.rsqrt(mean_square + self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Dropout(nn.Dropout):

@@ -466,9 +466,9 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
     model = shutil.copytree(SAMPLE / "mini-t5", tmp_path / "model")
     config = read(model / "config.json") | {"dropout_rate": 0.0}
     (model / "config.json").write_text(json.dumps(config))
-    one = call(*command(folder, "vqa", tmp_path / "one", "--model", model))
+    one = call(*command(folder, "vqa,rte", tmp_path / "one", "--model", model))
     done = run_cli("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-                   "train.py", *command(folder, "vqa", tmp_path / "two", "--model", model))
+                   "train.py", *command(folder, "vqa,rte", tmp_path / "two", "--model", model))
     assert done.returncode == 0, done.stderr
     # The metrics and outputs that a run prints.
     assert one.split("task ")[1].split(str(tmp_path))[0] in done.stdout
