@@ -754,7 +754,7 @@ def finish(run):
             for metric, value in values.items():
                 print(f"{name:9}{split:12}{metric:10}{value:8.4f}{majority[metric]:10.4f}"
                       f"{len(examples):10,}")
-    for split, value in mean.items():
+    for split, value in mean.items() if len(run.tasks) > 1 else ():
         print(f"{'mean':9}{split:22}{value:8.4f}")
     for task in run.tasks.values():
         print_outputs(run, task)
