@@ -768,11 +768,8 @@ def print_outputs(run, task):
     examples = data.sample_examples(run.splits[task.name][split], 3, run.args.seed)
     print(f"\n{task.name}, three examples of {split}:")
     for example, output in zip(examples, generate_outputs(run, task, examples), strict=True):
-        correct = data.correctness(task, output, example)
-        verdict = "" if correct is None else f" ({correct:.0%} correct)"
-        image = f"   image {':'.join(example.image)}" if example.image else ""
-        print(f"  {textwrap.shorten(example.source, 200)}{image}")
-        print(f"    output {output!r}, label {example.target!r}{verdict}")
+        print(f"  {textwrap.shorten(example.source, 200)} {':'.join(example.image or '')}")
+        print(f"    output {output!r}, label {example.target!r}")
 
 
 def draw_curves(run):
@@ -818,14 +815,12 @@ def ask(run):
     texts = list(run.args.ask)
     name = texts.pop(0) if texts[0] in run.tasks else list(run.tasks)[0]
     task = run.tasks[name]
-    expected, image = list(task.fields), None
-    if task.is_visual:
-        expected.append("image, as SET:ID")
-        image = tuple(texts[-1].split(":", 1)) if texts else None
-    if len(texts) != len(expected) or image and len(image) != 2:
-        raise UserError(f"--ask: found {len(texts)} texts, {name} takes: {'; '.join(expected)}")
-    parts = data.source_parts(task, texts[:len(task.fields)])
-    example = data.Example(parts, "", None, "", image)
+    # The image comes last, as SET:ID.
+    image = tuple(texts.pop().split(":", 1)) if task.is_visual and texts else ()
+    if len(texts) != len(task.fields) or len(image) != 2 * task.is_visual:
+        raise UserError(f"--ask: {name} takes {'; '.join(task.fields)}"
+                        f"{'; image, as SET:ID' * task.is_visual}; found {run.args.ask}")
+    example = data.Example(data.source_parts(task, texts), "", None, "", image or None)
     run.images = open_features(run.args, {name: {"ask": [example]}}, run.record["image_encoder"])[0]
 
     print(example.source)
