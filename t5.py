@@ -147,11 +147,16 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + epsilon) * weight. On a CPU, F.rms_norm takes half as long again."""
+    """x / sqrt(mean(x^2) + epsilon) * weight, with the mean in float32.
+
+    The mean comes from a vector norm, which makes no float32 copy of x. F.rms_norm on a CPU, and
+    the mean of x.float(), make a step or an evaluation 3 to 10 % slower.
+    """
 
     def forward(self, x):
-        mean_square = x.float().square().mean(-1, keepdim=True)
-        return x * torch.rsqrt(mean_square + self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.size(-1) + self.eps)
+        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Dropout(nn.Dropout):
@@ -191,7 +196,7 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, S, K]
 
     def keys_values(self, source, sites, cache):
-        earlier = cache.get(self.site)
+        earlier = cache and cache.get(self.site)
         if earlier and self.site[0] == DECODER_CROSS:
             return earlier
 
@@ -204,7 +209,10 @@ class Attention(nn.Module):
         elif self.site in sites:
             # This is seam 1: a prefix extends the keys and values.
             k, v = sites[self.site](k, v)  # [B, H, N+S, K]
-        cache[self.site] = (k, v)
+        if cache is not None:
+            # One copy now spares one at every later step.
+            k, v = k.contiguous(), v.contiguous()
+            cache[self.site] = (k, v)
         return k, v
 
     def forward(self, u, source, mask, sites, cache):
@@ -325,7 +333,6 @@ class Stack(nn.Module):
         The decoder gets the memory [B, S, D], and fills `cache`, a dict that is empty at first.
         """
         sites = sites or {}
-        cache = {} if cache is None else cache
         self_site = self.blocks[0].self_attention.site
         prefix = getattr(sites.get(self_site), "length", 0)
         memory_prefix = getattr(sites.get((DECODER_CROSS, 0)), "length", 0)
@@ -395,11 +402,25 @@ class T5(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, max_new_tokens=20, num_beams=1, sites=None,
                  front=None):
-        """Beam search, greedy with one beam -> ids [B, <= max_new_tokens], padded after eos.
-
-        Outputs are ranked by log-probability over length. An example is settled once num_beams
-        finished outputs are at least as good as its best running beam."""
+        """Beam search, greedy with one beam -> ids [B, <= max_new_tokens], padded after eos."""
         memory, attention_mask = self.encode(input_ids, attention_mask, sites, front)
+        if num_beams > 1:
+            return self.beam_search(input_ids, memory, attention_mask, max_new_tokens, num_beams,
+                                    sites)
+
+        # Without scores and candidates, one beam is a tenth faster.
+        token, cache, output = torch.full_like(input_ids[:, :1], PAD), {}, []
+        done = torch.zeros_like(token, dtype=torch.bool)  # [B, 1]
+        while len(output) < max_new_tokens and not done.all():
+            logits = self.decode(token, memory, attention_mask, sites, cache)  # [B, 1, vocabulary]
+            token = logits.argmax(-1).masked_fill(done, PAD)
+            output.append(token)
+            done |= token == EOS
+        return torch.cat(output, 1)
+
+    def beam_search(self, input_ids, memory, attention_mask, max_new_tokens, num_beams, sites):
+        """Outputs are ranked by log-probability over length. An example is settled once num_beams
+        finished outputs are at least as good as its best running beam."""
         cache = {}
         # All outputs have a column for each token. The start token is the only beam at first.
         ids = input_ids.new_full((len(input_ids), 1, 1 + max_new_tokens), PAD)  # [B, beams, 1+max]
