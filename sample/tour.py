@@ -42,8 +42,8 @@ def watch(model, input_ids, labels, injected):
     def note(module, inputs, output):
         site = getattr(module, "site", None)
         if site in model.hypernetworks.attentions:
-            u, _, mask, _, cache = inputs
-            keys = cache[site][0]  # [1, H, N+S, K]
+            u, source, mask, sites, cache = inputs
+            keys, _ = module.keys_values(source, sites, cache)  # [1, H, N+S, K]
             attention = (module.split(module.q(u)) @ keys.mT + mask).softmax(-1)  # [1, H, T, N+S]
             shares[site] = attention[..., :injected["sites"][site].length].sum(-1).mean().item()
         elif site in model.hypernetworks.ffns:
