@@ -532,6 +532,16 @@ def test_asking_gives_an_output_and_probabilities(text):
     assert shown == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_tour_walks_through_a_run(text):
+    done = run_cli("sample/tour.py", text)
+    assert done.returncode == 0, done.stderr
+    assert all(f"eq. ({number})" in done.stdout for number in range(1, 6))
+    # The attention's share on the prefix is a probability.
+    shares = done.stdout.split("eq. (3)")[1].split("eq. (4)")[0]
+    numbers = [float(word) for word in shares.split() if word.replace(".", "").isdigit()]
+    assert len(numbers) > 5 and all(0 <= number <= 1 for number in numbers), shares
+
+
 def test_predictions(text, image):
     for split, name in (("validation", "RTE-validation"), ("test", "RTE-test"),
                         ("submission", "RTE")):
