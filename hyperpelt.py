@@ -238,17 +238,13 @@ class Adapter:
     def __call__(self, u):                                          # [B, S, D]
         terms = []
         for down, down_bias, up, up_bias, scale in self.parts:
-            # lambda A(u): to scale W_up and b_up spares a pass over all tokens.
-            terms.append(adapter(u, down, down_bias, scale * up, scale * up_bias))
-        return sum(terms[1:], start=terms[0])                       # eq. (6), (10)
-
-
-def adapter(u, down, down_bias, up, up_bias):
-    """A(u) [B, S, D]. The weights have a batch axis: 1, or one adapter for each image."""
-    # All tokens that share an adapter go into one row: of the batch, or of the beams of an image.
-    x = u.reshape(len(down), -1, u.size(2))
-    hidden = F.relu(torch.baddbmm(down_bias, x, down))              # eq. (5): u W_down + b_down
-    return torch.baddbmm(up_bias, hidden, up).view_as(u)            # eq. (5)
+            # All tokens that share an adapter go into one row: of the batch, or of the beams of an
+            # image. To scale W_up and b_up by lambda spares a pass over all tokens.
+            x = u.reshape(len(down), -1, u.size(2))
+            hidden = F.relu(torch.baddbmm(down_bias, x, down))      # eq. (5): u W_down + b_down
+            x = torch.baddbmm(scale * up_bias, hidden, scale * up)  # eq. (5), (6): lambda A(u)
+            terms.append(x.view_as(u))
+        return sum(terms[1:], start=terms[0])                       # eq. (10)
 
 
 def seam_of(block):
@@ -323,10 +319,9 @@ class HyperPELT(nn.Module):
     @torch.no_grad()
     def initialise(self):
         """How the linear maps start, where PyTorch's defaults are not used [C]."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith("t5."):
-                if module.bias is not None:
-                    module.bias.zero_()
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
             if isinstance(module, Hypernetworks):
                 # PyTorch draws from +-1/sqrt(inputs). One map of the concatenation would have
                 # 3 d_t inputs, so each of its parts is divided by sqrt(3).
@@ -366,8 +361,7 @@ class HyperPELT(nn.Module):
 
     def inject(self, weights, features=None):
         """The weights of a task and, for images, grid features [B, N, V] -> what T5.forward and
-        T5.generate take: `sites` and, with image tokens only, `front`. Raises ValueError where the
-        features have another number of positions than the prefix."""
+        T5.generate take: `sites` and, with image tokens only, `front`."""
         parts = {site: [tensors] for site, tensors in weights.items()}
         injected = {}
         if features is not None:
@@ -377,9 +371,6 @@ class HyperPELT(nn.Module):
                 features = F.layer_norm(features, features.shape[-1:])
             if self.image_tokens is not None:
                 injected["front"] = self.image_tokens(features).to(self.t5.dtype)     # [B, N, D]
-            elif features.size(1) != self.config.prefix_length:
-                raise ValueError(f"features have {features.size(1)} positions,"
-                                 f" expected prefix_length, {self.config.prefix_length}")
             else:
                 for site, tensors in self.generate_visual_weights(features).items():
                     parts[site].append(tensors)
@@ -439,12 +430,12 @@ class LearnedWeights(nn.Module):
                     nn.Linear(D, config.reparam_dim), nn.Tanh(),
                     nn.Linear(config.reparam_dim, layers * math.prod(self.head_shape))))
         if ffns:
-            self.down = zeros(owners, len(ffns), 1, D, r)
-            for down in self.down.values():
-                nn.init.uniform_(down, -D ** -0.5, D ** -0.5)
-            self.down_bias = zeros(owners, len(ffns), 1, 1, r)
-            self.up = zeros(owners, len(ffns), 1, r, D)
-            self.up_bias = zeros(owners, len(ffns), 1, 1, D)
+            self.adapters = nn.ModuleDict()
+            for owner in owners:
+                down = torch.empty(len(ffns), 1, D, r).uniform_(-D ** -0.5, D ** -0.5)
+                # b_down, W_up, b_up
+                others = [torch.zeros(len(ffns), 1, *shape) for shape in ((1, r), (r, D), (1, D))]
+                self.adapters[owner] = nn.ParameterList([down, *others])
             self.scale = nn.Parameter(torch.tensor(config.learned_scale))
 
     def prefixes(self, owner):
@@ -463,14 +454,9 @@ class LearnedWeights(nn.Module):
         if self.attentions:
             weights |= split_by_site(self.attentions, self.prefixes(owner), dtype)
         if self.ffns:
-            tensors = [self.down[owner], self.down_bias[owner], self.up[owner],
-                       self.up_bias[owner], self.scale.expand(len(self.ffns))]
+            tensors = [*self.adapters[owner], self.scale.expand(len(self.ffns))]
             weights |= split_by_site(self.ffns, tensors, dtype)
         return weights
-
-
-def zeros(owners, *shape):
-    return nn.ParameterDict({owner: torch.zeros(shape) for owner in owners})
 
 
 # ---- what is trained (paper: appendix B) ---------------------------------------------------------
@@ -491,17 +477,6 @@ def deployed(model):
     return count(norms + generated)
 
 
-def print_shapes(model):
-    """One line for each trained tensor; the layer norms of the T5 share one."""
-    trained = model.trained()
-    norms = [p for name, p in trained.items() if name.startswith("t5.")]
-    print(f"{'layer norms of the T5':40}{len(norms):>10} tensors{count(norms):>14,}")
-    for name, p in trained.items():
-        if not name.startswith("t5."):
-            shape = " x ".join(map(str, p.shape))
-            print(f"{name:40}{shape:>18}{p.numel():>14,}")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Print what each method trains on a T5.")
     parser.add_argument("--model", default="", help="folder of a T5; default: T5-base")
@@ -514,21 +489,19 @@ def main():
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
 
-    lines = []
-    for method, (_, _, source) in METHODS.items():
-        for sharing in ("shared", "per-task") if source in SHARING else ("default",):
-            with torch.device("meta"):
-                t5, tasks = T5(t5_config), [f"task {i}" for i in range(args.tasks)]
-                model = HyperPELT(t5, tasks, HyperPELTConfig(method, sharing=sharing))
-            if method == "hyperpelt":
-                print_shapes(model)
-            label = method if sharing == "default" else f"{method}, {sharing}"
-            trained, total = count(model.trained().values()), count(t5.parameters())
-            lines.append(f"{label:20}{trained:>13,}{1 + trained / total:>10.4f}x"
-                         f"{trained / args.tasks / total:>11.3%}{deployed(model):>14,}")
-    print(f"\n{args.model or 'T5-base'}: {total:,} parameters; {args.tasks} tasks\n")
+    tasks = [f"task {i}" for i in range(args.tasks)]
+    with torch.device("meta"):
+        total = count(T5(t5_config).parameters())
+    print(f"{args.model or 'T5-base'}: {total:,} parameters; {args.tasks} tasks\n")
     print(f"{'method':20}{'trained':>13}{'total':>11}{'per task':>11}{'deployed':>14}")
-    print(*lines, sep="\n")
+    for method, (_, _, source) in METHODS.items():
+        for sharing in SHARING[1:] if source in SHARING else SHARING[:1]:
+            with torch.device("meta"):
+                model = HyperPELT(T5(t5_config), tasks, HyperPELTConfig(method, sharing=sharing))
+            trained = count(model.trained().values())
+            label = method if sharing == "default" else f"{method}, {sharing}"
+            print(f"{label:20}{trained:>13,}{1 + trained / total:>10.4f}x"
+                  f"{trained / args.tasks / total:>11.3%}{deployed(model):>14,}")
     print("\ntotal: backbone and trained, relative to the backbone; per task: trained / tasks,"
           "\nrelative to the backbone; deployed: what is left when the weights are generated.")
 

@@ -10,7 +10,7 @@ and predictions.
 import signal
 
 if __name__ == "__main__":
-    # Importing torch takes seconds. Ctrl-C ends the program there without a traceback.
+    # Ctrl-C ends the program at once, also while torch is imported. A run resumes from last.pt.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -46,12 +46,11 @@ from t5 import T5, Tokenizer
 SAMPLE = Path(__file__).resolve().parent / "sample"
 GRADIENT_CLIP = 1.0
 LOG_EVERY = 10
+SAVE_EVERY = 200
 EVAL_BATCH_SIZE = 64
 # torchrun sets these two for each of its processes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-# SIGINT, SIGTERM and SIGHUP are noted here. The loop looks at the list, saves and stops.
-stop_signals = []
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -81,66 +80,76 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-def fast_dtype():
-    """bfloat16 where the machine multiplies fast in it, else float32."""
+def fast_dtypes():
+    """bfloat16 first where the machine multiplies fast in it, else float32."""
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast else "float32"
+    return ("bfloat16", "float32") if fast else ("float32", "bfloat16")
+
+
+def add_option(group, name, default, text):
+    """The default tells the type: False is a switch, the first of a tuple is one of its choices."""
+    if default is False:
+        group.add_argument(name, action="store_true", help=text)
+    elif isinstance(default, tuple):
+        group.add_argument(name, choices=default, default=default[0], help=text)
+    else:
+        kind = natural if isinstance(default, int) else type(default)
+        group.add_argument(name, type=kind, default=default, metavar="X", help=text)
 
 
 def make_parser():
-    formatter = functools.partial(HelpFormatter, max_help_position=34)
-    parser = Parser(usage="python train.py [options]", epilog=EXAMPLES, formatter_class=formatter)
+    parser = Parser(usage="python train.py [options]", epilog=EXAMPLES,
+                    formatter_class=HelpFormatter)
 
-    add = parser.add_argument_group("model and data").add_argument
-    add("--task", default="rte", help="names with commas between, or glue, or vl")
-    add("--model", default=str(SAMPLE / "mini-t5"), help="T5: folder or public name")
-    add("--data-dir", default=str(SAMPLE), help="folder of the tasks' official files")
-    add("--features", default=str(SAMPLE / "vqa" / "features"), help="folder of image features")
-    add("--download", action="store_true", help="fetch official files into --data-dir")
-    add("--protocol", choices=["paper", "official"], default="paper",
-        help="splits as in the paper, or the official files as they are")
-    add("--max-train-examples", type=natural, default=0, metavar="K", help="per task; 0: all")
-    add("--max-source-length", type=natural, default=128, metavar="N", help="in tokens")
+    add = functools.partial(add_option, parser.add_argument_group("model and data"))
+    add("--task", "rte", "names with commas between, or glue, or vl")
+    add("--model", str(SAMPLE / "mini-t5"), "T5: folder or public name")
+    add("--data-dir", str(SAMPLE), "folder of the tasks' official files")
+    add("--features", str(SAMPLE / "vqa" / "features"), "folder of image features")
+    add("--download", False, "fetch official files into --data-dir")
+    add("--protocol", ("paper", "official"), "splits as in the paper, or official files as they are")
+    add("--max-train-examples", 0, "per task; 0: all")
+    add("--max-source-length", 128, "in tokens")
 
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="hyperpelt", metavar="NAME", help=", ".join(METHODS))
-    add("--vision", choices=[*VISION, "shuffled"], default="both", metavar="MODE",
-        help="what images give: both, prefix, adapter, tokens; shuffled: both, of another image")
-    add("--set", nargs="+", default=[], metavar="X=Y",
-        help="fields of HyperPELTConfig, such as prefix_length=20 hyper_norm=true")
-    add("--init-from", default="", metavar="RUN", help="start from what RUN has trained")
-    add("--init-task", default="", metavar="TASK",
-        help="task of that run whose embedding initialises the new tasks")
+    group = parser.add_argument_group("method")
+    add = functools.partial(add_option, group)
+    add("--method", tuple(METHODS), "hypernetworks, or a baseline")
+    add("--vision", (*VISION, "shuffled"), "what images give; shuffled: both, of another image")
+    group.add_argument("--set", nargs="+", default=[], metavar="X=Y",
+                       help="fields of HyperPELTConfig, such as prefix_length=20 hyper_norm=true")
+    add("--init-from", "", "folder of a run: start from what it has trained")
+    add("--init-task", "", "task of that run whose embedding initialises the new tasks")
 
-    add = parser.add_argument_group("training").add_argument
     # The paper's numbers are reconstructed: 2^18 steps of 128 at a constant 1e-3. These are ours,
     # for one task on a small machine.
-    add("--epochs", type=float, default=6.0, help="as many steps as so many passes over all tasks")
-    add("--max-steps", type=natural, default=0, metavar="N", help="if not 0, overrides --epochs")
-    add("--batch-size", type=natural, default=32, help="examples per step, of all processes")
-    add("--lr", type=float, default=2e-3, help="learning rate of AdamW")
-    add("--schedule", choices=["linear", "constant"], default="linear", help="after the warm-up")
-    add("--warmup-steps", type=natural, default=10, metavar="N", help="the rate rises in them")
-    add("--label-smoothing", type=float, default=0.0, metavar="SHARE", help="of the probability")
-    add("--task-temperature", type=float, default=2.0, metavar="T",
-        help="the task of a batch is drawn with p ~ (training examples)^(1/T)")
-    add("--eval-every", type=natural, default=0, metavar="N", help="0: every epoch")
-    add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of frozen weights")
-    add("--seed", type=natural, default=0, help="of every random choice")
+    add = functools.partial(add_option, parser.add_argument_group("training"))
+    add("--epochs", 6.0, "as many steps as so many passes over all tasks")
+    add("--max-steps", 0, "if not 0, overrides --epochs")
+    add("--batch-size", 32, "examples per step, of all processes")
+    add("--lr", 2e-3, "learning rate of AdamW")
+    add("--schedule", ("linear", "constant"), "after the warm-up")
+    add("--warmup-steps", 10, "the rate rises in them")
+    add("--label-smoothing", 0.0, "share of the probability")
+    add("--task-temperature", 2.0, "T: the task of a batch is drawn with p ~ examples^(1/T)")
+    add("--eval-every", 0, "in steps; 0: every epoch")
+    add("--dtype", fast_dtypes(), "of frozen weights")
+    add("--seed", 0, "of every random choice")
 
-    add = parser.add_argument_group("runs").add_argument
-    add("--run", default="", metavar="DIR", help="the run's folder; empty: runs/TASK-METHOD")
-    add("--resume", action="store_true", help="go on with the run")
-    add("--eval-only", action="store_true", help="evaluate the run's best checkpoint")
-    add("--predict", choices=["validation", "test", "submission"], metavar="SPLIT",
-        help="write the outputs on validation, test or submission")
-    add("--ask", nargs="+", metavar="TEXT", help="[TASK] the texts of one example [SET:IMAGE]")
-    add("--export", metavar="DIR", help="write the generated weights of each task")
-    add("--table", nargs="+", metavar="RUN", help="print runs as a Markdown table")
-    add("--num-seeds", type=natural, default=0, metavar="K", help="K runs, in DIR/seed-0, ...")
+    group = parser.add_argument_group("runs")
+    add = functools.partial(add_option, group)
+    add("--run", "", "the run's folder; empty: runs/TASK-METHOD")
+    add("--resume", False, "go on with the run, if it exists")
+    add("--eval-only", False, "evaluate the run's best checkpoint")
+    group.add_argument("--predict", choices=["validation", "test", "submission"],
+                       help="write the outputs on a split")
+    group.add_argument("--ask", nargs="+", metavar="TEXT",
+                       help="[TASK] the texts of one example [SET:IMAGE]")
+    add("--export", "", "folder: write the generated weights of each task into it")
+    group.add_argument("--table", nargs="+", metavar="RUN", help="print runs as a Markdown table")
+    add("--num-seeds", 0, "so many runs, in RUN/seed-0, RUN/seed-1, ...")
     return parser
 
 
@@ -159,15 +168,14 @@ def read_settings(arguments):
     parser = make_parser()
     args = parser.parse_args(arguments)
     folder = args.run or f"runs/{args.task.replace(',', '-')}-{args.method}"
-    uses_run = args.resume or args.eval_only or args.predict or args.ask or args.export
-    if uses_run and not args.num_seeds:
+    exists = Path(folder, "config.json").exists()
+    uses_run = args.eval_only or args.predict or args.ask or args.export
+    if (uses_run and not args.num_seeds) or (exists and args.resume):
         parser.set_defaults(**read_record(folder)["settings"])
         args = parser.parse_args(arguments)
-    elif Path(folder, "config.json").exists() and not args.table:
+    elif exists and not args.table:
         raise UserError(f"{folder}: holds a run already; --resume goes on, --run names another")
     args.run = folder
-    if args.download and args.data_dir == str(SAMPLE):
-        raise UserError("--download: nothing is fetched into the bundled sample; give --data-dir")
     if min(args.batch_size, args.max_source_length, args.epochs, args.task_temperature) <= 0:
         raise UserError("--batch-size, --max-source-length, --epochs, --task-temperature:"
                         " expected numbers above 0")
@@ -177,31 +185,25 @@ def read_settings(arguments):
 def read_record(folder):
     """config.json of a run's folder -> dict. Raises UserError."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file, expected a run; without --resume and the like,"
-                        " train.py trains one")
     with reading(path):
         return json.loads(path.read_text())
 
 
 def make_config(args, visual_width):
     """Settings, width of the image features (0: none) -> HyperPELTConfig. Raises UserError."""
-    fixed = {"method": args.method, "visual_width": visual_width,
-             "vision": "both" if args.vision == "shuffled" else args.vision}
-    defaults = dataclasses.asdict(HyperPELTConfig())
-    parsers = {bool: lambda text: json.loads(text.lower()),
-               tuple: lambda text: tuple(text.split(","))}
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(HyperPELTConfig)}
+    parsers = {bool: json.loads, tuple: lambda text: text.split(",")}
     values = {}
     for assignment in args.set:
-        name, _, text = assignment.partition("=")
-        if name in fixed or name not in defaults:
-            raise UserError(f"--set {assignment}: expected FIELD=VALUE, with a field of"
-                            f" {', '.join(defaults)}, other than {', '.join(fixed)}")
-        kind = type(defaults[name])
-        with reading(f"--set {assignment}"):
+        with reading(f"--set {assignment}") as where:
+            where.found = kinds
+            name, _, text = assignment.partition("=")
+            kind = kinds[name]
             values[name] = parsers.get(kind, kind)(text)
+    vision = "both" if args.vision == "shuffled" else args.vision
     with reading("--set"):
-        return HyperPELTConfig(**values, **fixed)
+        return HyperPELTConfig(method=args.method, vision=vision, visual_width=visual_width,
+                               **values)
 
 
 def differences(saved, record):
@@ -210,8 +212,7 @@ def differences(saved, record):
     for part in ("settings", "config", "hashes"):
         for name, value in record.get(part, {}).items():
             before = saved[part].get(name)
-            is_path = part == "settings" and name in PATHS
-            if value != before and not is_path:
+            if value != before and name not in PATHS:
                 phrases.append(f"{name} was {before}, is {value}")
     return phrases
 
@@ -242,9 +243,8 @@ def load_run(args):
     # The first process downloads what is missing. The others find it there.
     if RANK > 0:
         wait_for_all()
-    if args.download and RANK == 0:
-        for task in tasks.values():
-            data.download(task, args.data_dir)
+    for task in tasks.values() if args.download else ():
+        data.download(task, args.data_dir)
     with reading(args.model):
         tokenizer = Tokenizer.from_pretrained(args.model)
         t5 = T5.from_pretrained(args.model)
@@ -259,23 +259,22 @@ def load_run(args):
         image_encoder = saved["image_encoder"]
     else:
         splits = load_splits(args, tasks)
-        images, image_encoder, hashes["features"] = open_features(args, splits)
-        hashes["data"] = short_hash(repr(example).encode() for example in all_examples(splits))
+        images, image_encoder, hashes["image features"] = open_features(args, splits)
+        hashes["examples"] = short_hash(repr(example).encode() for example in all_examples(splits))
     if args.vision == "shuffled":
-        shuffle_images(splits, args.seed)
+        images = shuffle_images(images, args.seed)
 
     # The model. All processes start from the same weights.
     torch.manual_seed(args.seed)
     config = make_config(args, image_encoder["width"] if image_encoder else 0)
     with reading("--method"):
         model = HyperPELT(t5, list(tasks), config, getattr(torch, args.dtype))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     settings = {name: value for name, value in vars(args).items() if name not in COMMANDS}
     record = {"settings": settings, "config": dataclasses.asdict(model.config), "hashes": hashes,
               "image_encoder": image_encoder, "trained_parameters": count(model.trained().values()),
-              "backbone_parameters": count(t5.parameters()), "torch": torch.__version__}
+              "torch": torch.__version__}
     # As the file gives it back: tuples become lists.
     record = json.loads(json.dumps(record))
     if saved and (found := differences(saved, record)):
@@ -332,14 +331,11 @@ def open_features(args, splits, image_encoder=None):
     return images, image_encoder, short_hash(hashed)
 
 
-def shuffle_images(splits, seed):
-    """Shuffle the images among the examples of a split. What is answered then needs no image."""
-    for by_split in splits.values():
-        for examples in by_split.values():
-            images = [example.image for example in examples]
-            np.random.default_rng(seed).shuffle(images)
-            for example, image in zip(examples, images, strict=True):
-                example.image = image
+def shuffle_images(images, seed):
+    """Give every image the features of another one. What is answered then needs no image."""
+    places = list(images.values())
+    order = np.random.default_rng(seed).permutation(len(places))
+    return {image: places[i] for image, i in zip(images, order, strict=True)}
 
 
 def short_hash(chunks):
@@ -415,23 +411,22 @@ class Batches:
     def plan_epoch(self, task, epoch):
         """-> batches, arrays of example numbers. Each example of the task is in one of them.
 
-        Examples are shuffled and cut into pools of 16 batches. Within a pool, a batch holds texts
-        of similar length, so that little of it is padding.
+        Examples are dealt into pools of 16 batches. Within a pool, a batch holds texts of similar
+        length, so that little of it is padding.
         """
         rng = np.random.default_rng([self.args.seed, 1 + task, epoch])
-        lengths = np.array([len(example.source) for example in self.examples[task]])
-        order = rng.permutation(len(lengths))
-        size, batches = self.args.batch_size, []
-        for start in range(0, len(order), 16 * size):
-            pool = order[start:start + 16 * size]
-            pool = pool[np.argsort(lengths[pool], kind="stable")]
-            batches += [pool[i:i + size] for i in range(0, len(pool), size)]
+        lengths = [len(example.source) for example in self.examples[task]]
+        places = rng.permutation(len(lengths))
+        size = self.args.batch_size
+        # The last key is the first to sort by.
+        order = np.lexsort([places, lengths, places // (16 * size)])
+        batches = np.split(order, range(size, len(order), size))
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def __call__(self, step):
-        task = int(self.task_of_step[step])
-        earlier = int(np.sum(self.task_of_step[:step] == task))
-        epoch, position = divmod(earlier, int(self.per_epoch[task]))
+        task = self.task_of_step[step]
+        earlier = np.sum(self.task_of_step[:step] == task)
+        epoch, position = divmod(earlier, self.per_epoch[task])
         examples = [self.examples[task][i] for i in self.plan(task, epoch)[position]]
         rng = np.random.default_rng([self.args.seed, 2 ** 20, step])
         targets = [draw_target(example, rng) for example in examples]
@@ -495,11 +490,6 @@ def write_file(path, content):
     wait_for_all()
 
 
-def progress_bar(*args, **kwargs):
-    """No bar in other processes, and none where the output is not a terminal."""
-    return tqdm(*args, **kwargs, disable=True if RANK > 0 else None)
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -507,19 +497,13 @@ def generate_outputs(run, task, examples):
     """-> the generated text of every example. The weights of the task are generated once."""
     run.model.eval()
     weights = run.model.generate_weights(task.name)
-    # An output longer than every label is wrong anyway.
-    label_lengths = [len(run.encode(word)) for word in task.label_words()]
-    max_new_tokens = max(label_lengths, default=task.max_answer)
-
     order = np.argsort([len(example.source) for example in examples], kind="stable")
     starts = range(EVAL_BATCH_SIZE * RANK, len(order), EVAL_BATCH_SIZE * WORLD_SIZE)
     outputs = {}
-    for start in progress_bar(starts, desc=f"evaluate {task.name}", leave=False):
-        if stop_signals and WORLD_SIZE == 1:
-            leave(run, "stopped in an evaluation")
+    for start in tqdm(starts, f"evaluate {task.name}", leave=False, file=sys.stdout, disable=None):
         chosen = order[start:start + EVAL_BATCH_SIZE]
         input_ids, features = make_inputs(run, [examples[i] for i in chosen])
-        ids = run.model.t5.generate(input_ids, max_new_tokens=max_new_tokens,
+        ids = run.model.t5.generate(input_ids, max_new_tokens=task.max_answer,
                                     num_beams=task.beams, **run.model.inject(weights, features))
         for i, row in zip(chosen, ids.tolist(), strict=True):
             outputs[i] = run.tokenizer.decode(row)
@@ -592,19 +576,19 @@ def start_from(run):
     backbone = {"backbone": run.record["hashes"]["backbone"]}
     if found := differences(saved, {"config": run.record["config"], "hashes": backbone}):
         raise UserError(f"{folder}/config.json: no run to start from: {'; '.join(found)}")
-    old_tasks = list(data.find_tasks(saved["settings"]["task"]))
+    old_tasks = data.find_tasks(saved["settings"]["task"])
     sources = {task: task if task in old_tasks else args.init_task for task in run.tasks}
-    if unknown := set(sources.values()) - set(old_tasks):
-        raise UserError(f"--init-task: found {', '.join(unknown) or 'nothing'}, expected the task"
-                        f" whose embedding starts the new ones, of {', '.join(old_tasks)}")
+    if set(sources.values()) - old_tasks.keys():
+        raise UserError(f"--init-task: found {args.init_task!r}, expected the task whose embedding"
+                        f" starts the new ones, of {', '.join(old_tasks)}")
 
     with reading(folder / "best.safetensors"):
         tensors = safetensors.torch.load_file(folder / "best.safetensors")
         renamed = {}
         for name in run.model.trained():
-            # The parameters of a task end in its name. All others keep their names.
-            stem, dot, last = name.rpartition(".")
-            renamed[name] = tensors[f"{stem}{dot}{sources.get(last, last)}"]
+            # The parameters of a task have its name in theirs.
+            parts = [sources.get(part, part) for part in name.split(".")]
+            renamed[name] = tensors[".".join(parts)]
         load_trained(run.model, renamed)
 
 
@@ -620,7 +604,7 @@ def learning_rate(args, step, steps):
 
 
 def train(run):
-    """Save and evaluate when it is due, stop when asked to, take one step."""
+    """Save and evaluate when it is due, and take one step."""
     args, model = run.args, run.model
     batches = Batches(run)
     eval_every = args.eval_every or int(batches.per_epoch.sum())
@@ -632,26 +616,26 @@ def train(run):
         print(f"resumed at step {progress['step']} of {batches.steps}")
     elif args.init_from:
         start_from(run)
-    bar = progress_bar(total=batches.steps, initial=progress["step"], unit="step")
-    loss = norm = torch.zeros((), device=run.device)
+    print(f"to go on after an interruption: python train.py --run {run.folder} --resume")
+    # No bar where the output is not a terminal.
+    bar = tqdm(initial=progress["step"], total=batches.steps, file=sys.stdout, disable=None)
+    norm = torch.zeros(())
     # One thread makes the next batch while the device works on this one.
     pool = ThreadPoolExecutor(1)
     next_batch = pool.submit(batches, min(progress["step"], batches.steps - 1))
 
     while True:
         step = progress["step"]
-        is_due = step > 0 and (step % eval_every == 0 or step == batches.steps)
-        is_stopping = asked_to_stop(step)
+        is_last = step == batches.steps
+        is_due = step > 0 and (step % eval_every == 0 or is_last)
 
         # Save before the evaluation: a run that is killed in it evaluates again when it resumes.
-        if is_due or is_stopping:
-            check_finite(run, step, loss, norm)
+        if is_due or step % SAVE_EVERY == 0:
+            check_finite(run, step, norm)
             save_last(run, optimiser, progress)
-        if is_stopping:
-            leave(run, f"stopped at step {step}")
         if is_due:
             score_checkpoint(run, progress)
-        if step == batches.steps:
+        if is_last:
             break
 
         # One step: forward, backward, clip, update.
@@ -674,7 +658,9 @@ def train(run):
         bar.update()
 
         if progress["step"] % LOG_EVERY == 0:
-            loss_value = check_finite(run, progress["step"], loss, norm)
+            # To read a number is to wait for the device.
+            check_finite(run, progress["step"], norm)
+            loss_value = sum(gather(loss.item()))
             progress["log"].append({
                 "step": progress["step"], "task": batch.task, "loss": round(loss_value, 5),
                 "lr": group["lr"], "seconds": round(time.perf_counter() - run.started, 1)})
@@ -691,7 +677,7 @@ def score_checkpoint(run, progress):
         progress["best"] = mean
         content = safetensors.torch.save(trained_tensors(run.model))
         write_file(run.folder / "best.safetensors", content)
-    row = {"step": progress["step"], "validation": metrics, "mean": mean}
+    row = {"step": progress["step"], "validation": metrics, "validation mean": mean}
     progress["log"].append(row)
     lines = [json.dumps(row) + "\n" for row in progress["log"]]
     write_file(run.folder / "log.jsonl", "".join(lines).encode())
@@ -700,39 +686,11 @@ def score_checkpoint(run, progress):
     tqdm.write(f"step {progress['step']}   validation   {'   '.join(shown)}", file=sys.stdout)
 
 
-def check_finite(run, step, loss, norm):
-    """-> the loss as a number. Raises UserError for a run that diverged."""
-    # To read a number is to wait for the device.
-    loss, norm = torch.stack([loss.detach(), norm]).tolist()
-    loss = sum(gather(loss))
-    if not math.isfinite(loss + norm):
-        raise UserError(f"{run.folder}: step {step}: loss {loss}, gradient norm {norm}: the run"
+def check_finite(run, step, norm):
+    """Raises UserError for a run that diverged."""
+    if not norm.isfinite():
+        raise UserError(f"{run.folder}: step {step}: the norm of the gradient is {norm}: the run"
                         " diverged; start another one with a lower --lr")
-    return loss
-
-
-def catch_signals():
-    """From now on, the first signal is noted, and the second one ends the program at once."""
-    def note(number, frame):
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    # Windows has no SIGHUP; nohup has it ignored.
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
-
-
-def asked_to_stop(step):
-    """Several processes look together, every ten steps, and stop at the same one."""
-    if WORLD_SIZE == 1:
-        return bool(stop_signals)
-    return step % LOG_EVERY == 0 and any(gather(bool(stop_signals)))
-
-
-def leave(run, what):
-    print(f"\n{what}; go on with: python train.py --run {run.folder} --resume", file=sys.stderr)
-    sys.exit(128 + max(stop_signals, default=signal.SIGTERM))
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -780,11 +738,10 @@ def draw_curves(run):
         return
     figure = Figure(figsize=(10, 4), layout="constrained")
     rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    curves = {"loss": "training loss", "mean": "mean of the validation metrics"}
-    for axes, (key, label) in zip(figure.subplots(1, 2), curves.items(), strict=True):
+    for axes, key in zip(figure.subplots(1, 2), ("loss", "validation mean"), strict=True):
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes.plot(*zip(*points, strict=True), marker=".")
-        axes.set(xlabel="step", ylabel=label)
+        axes.set(xlabel="step", ylabel=key)
     figure.savefig(run.folder / "curves.png", dpi=120)
 
 
@@ -874,45 +831,33 @@ def load_exported(path, t5):
 
 
 def table(folders):
-    """Folders of finished runs, or of their seed-... folders -> a Markdown table in percent.
+    """Folders of finished runs, or of several seeds of a run -> a Markdown table in percent.
 
-    The runs of a row have equal settings and architecture, except for the seed and, where each run
-    has one task, the task.
+    Raises UserError for seeds that differ in more than the seed.
     """
-    runs = []
-    for folder in map(Path, folders):
-        seeds = sorted(folder.glob("seed-*"))
-        runs += seeds if seeds and not (folder / "config.json").exists() else [folder]
-    first_of, rows = {}, {}
-    for folder in runs:
-        record = read_record(folder)
-        with reading(folder / "metrics.json"):
-            result = json.loads((folder / "metrics.json").read_text())
-        metrics = result["metrics"]
-        settings = {**record["config"], **record["settings"],
-                    "backbone": record["hashes"]["backbone"]}
-        if len(metrics) == 1:
-            settings["task"] = "one each"
-
-        # A label names what differs from the first run of the same method.
-        first = first_of.setdefault(settings["method"], settings)
-        label = settings["method"]
-        for name, value in settings.items():
-            if value != first[name] and name not in ("seed", "set", *PATHS):
-                label += f", {name} {value}"
-        cells = rows.setdefault(label, {})
-        for name, by_split in metrics.items():
-            split = "test" if "test" in by_split else "validation"
-            for metric, value in by_split[split].items():
-                cells.setdefault(f"{name} {metric}, {split}", []).append(value)
-        for split, value in result["mean"].items() if len(metrics) > 1 else ():
-            cells.setdefault(f"mean, {split}", []).append(value)
+    rows = {}
+    for folder in folders:
+        records = []
+        cells = rows.setdefault(folder, {})
+        for run in sorted(Path(folder).glob("seed-*")) or [Path(folder)]:
+            records.append(read_record(run))
+            del records[-1]["settings"]["seed"]
+            if found := differences(records[0], records[-1]):
+                raise UserError(f"{run}: is no other seed of the same run: {'; '.join(found)}")
+            with reading(run / "metrics.json"):
+                result = json.loads((run / "metrics.json").read_text())
+            for name, by_split in result["metrics"].items():
+                split = "test" if "test" in by_split else "validation"
+                for metric, value in by_split[split].items():
+                    cells.setdefault(f"{name} {metric}, {split}", []).append(value)
+            for split, value in result["mean"].items():
+                cells.setdefault(f"mean, {split}", []).append(value)
 
     columns = dict.fromkeys(column for cells in rows.values() for column in cells)
-    lines = [["method", *columns], ["---"] * (len(columns) + 1)]
-    for label, cells in rows.items():
+    lines = [["run", *columns], ["---"] * (len(columns) + 1)]
+    for folder, cells in rows.items():
         shown = [mean_and_deviation(cells.get(column, [])) for column in columns]
-        lines.append([label, *shown])
+        lines.append([folder, *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -930,7 +875,8 @@ def mean_and_deviation(values):
 def run_once(args):
     """One run: train it, or use it."""
     run = load_run(args)
-    trained, total = run.record["trained_parameters"], run.record["backbone_parameters"]
+    trained = run.record["trained_parameters"]
+    total = count(run.model.t5.parameters())
     print(f"{Path(args.model).name} ({total / 1e6:.1f} M parameters),"
           f" data in {Path(args.data_dir).name}")
     for name, by_split in run.splits.items():
@@ -943,27 +889,20 @@ def run_once(args):
         if option:
             load_best(run)
             return use(run)
-    catch_signals()
     if not args.eval_only:
         run.folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            write_file(run.folder / "config.json", json.dumps(run.record, indent=1).encode())
+        write_file(run.folder / "config.json", json.dumps(run.record, indent=1).encode())
         train(run)
     finish(run)
     print(f"\n{run.folder}: {time.perf_counter() - run.started:.0f} s")
 
 
 def run_seeds(args):
-    """One run per seed, and their table. With --resume, only those that are not finished."""
-    first = args.seed
-    folders = [Path(args.run) / f"seed-{seed}" for seed in range(first, first + args.num_seeds)]
-    for seed, folder in enumerate(folders, first):
-        arguments = [*sys.argv[1:], "--num-seeds", "0", "--seed", str(seed), "--run", str(folder)]
-        if not (folder / "config.json").exists():
-            arguments = [argument for argument in arguments if argument != "--resume"]
-        if not (args.resume and (folder / "metrics.json").exists()):
-            run_once(read_settings(arguments))
-    print(f"\n{table(folders)}")
+    """One run per seed, and their table."""
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        own = ["--num-seeds", "0", "--seed", str(seed), "--run", f"{args.run}/seed-{seed}"]
+        run_once(read_settings([*sys.argv[1:], *own]))
+    print(f"\n{table([args.run])}")
 
 
 def main():
