@@ -402,10 +402,10 @@ class Batches:
         self.per_epoch = np.ceil(counts / self.args.batch_size).astype(int)
         self.steps = self.args.max_steps or max(1, round(self.args.epochs * self.per_epoch.sum()))
 
-        # The task of every step.
+        # The task of every step, and of one more, which is prepared but not taken.
         weights = counts ** (1 / self.args.task_temperature)
         rng = np.random.default_rng([self.args.seed, 0])
-        self.task_of_step = rng.choice(len(counts), size=self.steps, p=weights / weights.sum())
+        self.task_of_step = rng.choice(len(counts), self.steps + 1, p=weights / weights.sum())
         self.plan = functools.lru_cache(maxsize=len(counts))(self.plan_epoch)
 
     def plan_epoch(self, task, epoch):
@@ -616,13 +616,12 @@ def train(run):
         print(f"resumed at step {progress['step']} of {batches.steps}")
     elif args.init_from:
         start_from(run)
-    print(f"to go on after an interruption: python train.py --run {run.folder} --resume")
     # No bar where the output is not a terminal.
     bar = tqdm(initial=progress["step"], total=batches.steps, file=sys.stdout, disable=None)
     norm = torch.zeros(())
     # One thread makes the next batch while the device works on this one.
     pool = ThreadPoolExecutor(1)
-    next_batch = pool.submit(batches, min(progress["step"], batches.steps - 1))
+    next_batch = pool.submit(batches, progress["step"])
 
     while True:
         step = progress["step"]
@@ -640,7 +639,7 @@ def train(run):
 
         # One step: forward, backward, clip, update.
         batch = next_batch.result()
-        next_batch = pool.submit(batches, min(step + 1, batches.steps - 1))
+        next_batch = pool.submit(batches, step + 1)
         model.train()
         torch.manual_seed((args.seed << 32) + step * WORLD_SIZE + RANK)
         for group in optimiser.param_groups:
@@ -660,13 +659,11 @@ def train(run):
         if progress["step"] % LOG_EVERY == 0:
             # To read a number is to wait for the device.
             check_finite(run, progress["step"], norm)
-            loss_value = sum(gather(loss.item()))
-            progress["log"].append({
-                "step": progress["step"], "task": batch.task, "loss": round(loss_value, 5),
-                "lr": group["lr"], "seconds": round(time.perf_counter() - run.started, 1)})
-            bar.set_postfix_str(f"loss {loss_value:.3f}, best {progress['best']:.3f}")
+            row = {"step": progress["step"], "task": batch.task, "loss": sum(gather(loss.item())),
+                   "lr": group["lr"], "seconds": time.perf_counter() - run.started}
+            progress["log"].append(row)
+            bar.set_postfix(loss=row["loss"], best=progress["best"])
     bar.close()
-    pool.shutdown()
 
 
 def score_checkpoint(run, progress):
