@@ -361,7 +361,8 @@ class HyperPELT(nn.Module):
 
     def inject(self, weights, features=None):
         """The weights of a task and, for images, grid features [B, N, V] -> what T5.forward and
-        T5.generate take: `sites` and, with image tokens only, `front`."""
+        T5.generate take: `sites` and, with image tokens only, `front`. Raises ValueError where the
+        features have another number of positions than the prefix."""
         parts = {site: [tensors] for site, tensors in weights.items()}
         injected = {}
         if features is not None:
@@ -371,6 +372,9 @@ class HyperPELT(nn.Module):
                 features = F.layer_norm(features, features.shape[-1:])
             if self.image_tokens is not None:
                 injected["front"] = self.image_tokens(features).to(self.t5.dtype)     # [B, N, D]
+            elif features.size(1) != self.config.prefix_length:
+                raise ValueError(f"features have {features.size(1)} positions,"
+                                 f" expected prefix_length, {self.config.prefix_length}")
             else:
                 for site, tensors in self.generate_visual_weights(features).items():
                     parts[site].append(tensors)

@@ -110,7 +110,7 @@ def make_parser():
     add("--data-dir", str(SAMPLE), "folder of the tasks' official files")
     add("--features", str(SAMPLE / "vqa" / "features"), "folder of image features")
     add("--download", False, "fetch official files into --data-dir")
-    add("--protocol", ("paper", "official"), "splits as in the paper, or official files as they are")
+    add("--protocol", ("paper", "official"), "splits as in the paper, or the official files")
     add("--max-train-examples", 0, "per task; 0: all")
     add("--max-source-length", 128, "in tokens")
 

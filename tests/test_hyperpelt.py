@@ -218,10 +218,12 @@ def test_a_prefix_is_prepended_once_and_not_at_every_step():
 
 
 @torch.no_grad()
-def test_a_text_batch_needs_no_visual_side():
+def test_a_text_batch_needs_no_visual_side_and_another_grid_is_refused():
     with_images, without = make_model(**IMAGES), make_model()
     without.load_state_dict(with_images.state_dict(), strict=False)
     assert torch.equal(with_images(*BATCH, "rte")[0], without(*BATCH, "rte")[0])
+    with pytest.raises(ValueError, match="1 positions, expected .* 5"):
+        with_images(*BATCH, "rte", features=FEATURES[:, :1])
 
 
 @torch.no_grad()
