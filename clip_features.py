@@ -8,7 +8,8 @@ CLIP is a folder or a public name, such as openai/clip-vit-base-patch32. It is o
     a modified ResNet in the tensor names of OpenAI and open_clip. Its features are the last map,
     before the attention pool (7 x 7 x 2048 for RN50 and RN101).
 FILE.npy is float16 [images, N, V]. FILE.json holds the ids, in the same order, and the settings.
-A run that is stopped or killed continues when the same command is given again.
+A run that is stopped or killed continues when the same command is given again: until the end, the
+features are in FILE.part.npy, and FILE.json says how many of them are done.
 
 The features are G of eq. (7) in hyperpelt.py. The 7 x 7 cells are printed, though we know them at
 second hand [P]. ResNet-101 at 224 pixels is a reconstruction [R]. The map before the pool, and
@@ -17,16 +18,18 @@ float16, are our choice [C]. Source of the encoders: Radford et al. 2021 (CLIP).
 Shapes: B batch, N cells of the grid, V visual width, H heads, K width of one head, C channels,
 P side of a patch in pixels, I side of the input in pixels, h and w sides of a map.
 """
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C ends the program at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import signal
-import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,31 +39,18 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from t5 import find_checkpoint, load_weights, read_json, read_weights
+from data import UserError, reading, run, write_file
+from t5 import find_checkpoint, load_weights, read_weights
 
-WEIGHTS = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin"
-)
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS)
 
-# Tensors that the features do not need: their names, or how their names begin.
-UNUSED = (
-    "text_model.",
-    "text_projection",
-    "logit_scale",
-    "logit_bias",
-    "positional_embedding",
-    "token_embedding.weight",
-    "transformer.resblocks.",
-    "ln_final.",
-    "attn_mask",
-    "visual_projection.weight",
-    "vision_model.post_layernorm.",
-    "vision_model.embeddings.position_ids",
-    "visual.attnpool."
+# Names of tensors that the features do not need: those outside the encoder, and in it, those of
+# what comes after the features.
+UNUSED = re.compile(
+    r"(?!vision_model\.|visual\.)"
+    r"|vision_model\.(post_layernorm\.|embeddings\.position_ids)"
+    r"|visual\.attnpool\."
 )
 
 # Means and standard deviations of red, green and blue in OpenAI's training images.
@@ -128,6 +118,8 @@ class VisionTransformer(nn.Module):
         **other_keys
     ):
         super().__init__()
+        if hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act: found {hidden_act}, expected one of {list(ACTIVATIONS)}")
         self.kind = (
             f"vision transformer, {num_hidden_layers} layers, {num_attention_heads} heads, "
             f"patches of {patch_size}, {hidden_act}"
@@ -144,8 +136,10 @@ class VisionTransformer(nn.Module):
 
         # The public name is spelled this way.
         self.pre_layrnorm = nn.LayerNorm(hidden_size, layer_norm_eps)
-        sizes = (hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps)
-        layers = [Layer(*sizes) for _ in range(num_hidden_layers)]
+        layers = [
+            Layer(hidden_size, intermediate_size, num_attention_heads, hidden_act, layer_norm_eps)
+            for _ in range(num_hidden_layers)
+        ]
         self.encoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
 
     def resize_positions(self, side):
@@ -244,43 +238,36 @@ class ModifiedResNet(ThreeConvolutions):
 
 # ---- loading -------------------------------------------------------------------------------------
 
+def read_json(path):
+    with reading(path):
+        return json.loads(path.read_bytes())
+
+
 def load_encoder(name_or_folder):
     """Return the encoder of a public CLIP and the path of its weights.
 
-    The encoder is a VisionTransformer or a ModifiedResNet in float32 and eval mode. Raises OSError
-    or ValueError, which names the file and the tensor or the value.
+    The encoder is a VisionTransformer or a ModifiedResNet in float32 and eval mode. Raises
+    UserError, which names the file and the tensor or the value.
     """
-    # Some repositories hold weights in another library's names beside those of open_clip, which
-    # come first in the second attempt.
-    for weights in (WEIGHTS, OPEN_CLIP_WEIGHTS + WEIGHTS):
-        optional = ("config.json", "preprocessor_config.json")
-        folder = find_checkpoint(name_or_folder, (), optional, weights)
-        path, tensors = read_weights(folder, weights)
-        is_transformer = "vision_model.embeddings.class_embedding" in tensors
-        if is_transformer or "visual.attnpool.positional_embedding" in tensors:
-            break
+    with reading(name_or_folder):
+        # A repository may hold weights of timm, in other names, beside those of open_clip.
+        for weights in (WEIGHTS, OPEN_CLIP_WEIGHTS):
+            configs = ("config.json", "preprocessor_config.json")
+            folder = find_checkpoint(name_or_folder, (), configs, weights)
+            path, tensors = read_weights(folder, weights)
+            is_transformer = "vision_model.embeddings.class_embedding" in tensors
+            if is_transformer or "visual.attnpool.positional_embedding" in tensors:
+                break
 
-    # The meta device gives shapes without memory. The tensors of the file take their places.
-    try:
+        # The meta device gives shapes without memory. The tensors of the file take their places.
         with torch.device("meta"):
             if is_transformer:
                 config = read_json(folder / "config.json")
                 encoder = VisionTransformer(**config.get("vision_config", config))
             else:
                 encoder = ModifiedResNet(*resnet_sizes(tensors))
-    except KeyError as error:
-        raise ValueError(
-            f"{path}: found no {error}, expected a vision transformer in the names of transformers "
-            "(config.json: hidden_act quick_gelu or gelu) or a ResNet in the names of open_clip"
-        ) from None
 
-    load_weights(
-        encoder,
-        tensors,
-        path,
-        lambda name: encoder.prefix + name,
-        lambda name: name.startswith(UNUSED)
-    )
+        load_weights(encoder, tensors, path, lambda name: encoder.prefix + name, UNUSED.match)
     return encoder.requires_grad_(False).eval(), path
 
 
@@ -297,33 +284,20 @@ def resnet_sizes(tensors):
 def read_preprocessing(folder, trained_size, size, squash):
     """Return a dict of what happens to each image, by preprocessor_config.json if there is one.
 
-    Raises ValueError for a key that asks for anything else, unless `size` or `squash` overrules it.
+    Raises UserError for a key that asks for anything else, such as no centre crop without `squash`.
     """
     path = folder / "preprocessor_config.json"
     config = read_json(path) if path.exists() else {}
-    if not config:
-        print(f"note: no {path}, so images are normalised as OpenAI's", file=sys.stderr)
     # 3 is Pillow's number for bicubic.
-    expected = {
-        "do_resize": True,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True
-    }
-    if not squash:
-        expected["do_center_crop"] = True
-    if size is None:
-        size = trained_size
-        expected["size"] = {"shortest_edge": size}
-        expected["crop_size"] = {"height": size, "width": size}
-
+    expected = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
+    expected |= {"do_normalize": True, "do_center_crop": True}
+    if squash:
+        del expected["do_center_crop"]
     for key, value in expected.items():
-        # Older files hold one number for both sides, which can be the value of no other key.
-        if config.get(key, value) not in (value, trained_size):
-            raise ValueError(f"{path}: {key}: found {config[key]!r}, expected {value!r}")
+        if config.get(key, value) != value:
+            raise UserError(f"{path}: {key}: found {config[key]!r}, expected {value!r}")
     return {
-        "size": size,
+        "size": size or trained_size,
         "trained_size": trained_size,
         "mean": config.get("image_mean", MEAN),
         "std": config.get("image_std", STD),
@@ -355,44 +329,22 @@ def normalise(pixels, mean=MEAN, std=STD):
 
 # ---- images --------------------------------------------------------------------------------------
 
-def decode(path):
-    """Return the pixels of an image file, uint8 RGB [height, width, 3], and what is wrong with it.
-
-    An image is usually fine: then the second is "". A broken image is one black pixel.
-    """
-    from PIL import Image
-
-    # A disk that fails is not a broken image, so the file is read before it is decoded.
-    content = io.BytesIO(path.read_bytes())
-    try:
-        image = Image.open(content)
-        if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits for a colour would be cut off at 255")
-        return np.array(image.convert("RGB")), ""
-    except MemoryError:
-        raise
-    except Exception as error:
-        # Decoders raise nearly every kind of exception.
-        problem = f"{path}: cannot be decoded to 8 bits a colour ({type(error).__name__})"
-        return np.zeros((1, 1, 3), np.uint8), problem
-
-
 class Images:
     """The images of a folder, or of an .npy file of uint8 [images, height, width, 3].
 
-    An item is (uint8 [3, size, size], what is wrong with the image or "").
+    An item is (uint8 [3, size, size], the id of the image if it is broken, else "").
     """
 
     def __init__(self, source, ids_file, size, squash):
         self.size = size
         self.squash = squash
         if source.is_dir():
-            # Without Pillow, this fails here and not in a worker.
-            import PIL  # noqa: F401
+            from PIL import Image
 
+            self.open = Image.open
             suffixes = (".jpg", ".jpeg", ".png")
-            self.images = [path for path in source.iterdir() if path.suffix.lower() in suffixes]
-            self.images.sort()
+            paths = [path for path in source.iterdir() if path.suffix.lower() in suffixes]
+            self.images = sorted(paths)
             ids = [re.sub(COCO_NAME, "", path.stem) for path in self.images]
             place = source
         else:
@@ -403,37 +355,44 @@ class Images:
 
     def __getitem__(self, index):
         pixels = self.images[index]
-        problem = ""
+        broken = ""
         if isinstance(pixels, Path):
-            pixels, problem = decode(pixels)
-        return preprocess(pixels, self.size, self.squash), problem
+            try:
+                image = self.open(pixels)
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("more than 8 bits for a colour would be cut off at 255")
+                pixels = np.array(image.convert("RGB"))
+            except Exception:
+                # Decoders raise nearly every kind of exception. A black pixel stands for the image.
+                pixels = np.zeros((1, 1, 3), np.uint8)
+                broken = self.ids[index]
+        return preprocess(pixels, self.size, self.squash), broken
 
 
 def check_ids(ids, images, place):
-    """Return the ids as strings. Raises ValueError unless each image has one of its own."""
-    ids = list(map(str, ids))
-    repeated = Counter(ids) - Counter(set(ids))
-    if not ids or repeated or len(images) != len(ids):
-        raise ValueError(
-            f"{place}: found {len(ids)} ids for {len(images)} images, "
-            f"repeated {list(repeated)[:3]}, expected a different id for each image"
-        )
+    """Return the ids as strings. Raises UserError unless each image has one of its own."""
+    with reading(place):
+        ids = list(map(str, ids))
+        different = len(set(ids))
+        if not len(images) == len(ids) == different > 0:
+            raise ValueError(
+                f"found {len(ids)} ids, {different} of them different, "
+                f"expected one for each of {len(images)} images"
+            )
     return ids
 
 
 # ---- feature file --------------------------------------------------------------------------------
 
 def open_array(path, dtype, dimensions):
-    """Return the memory-mapped array of an .npy file. Raises OSError or ValueError."""
-    try:
+    """Return the memory-mapped array of an .npy file. Raises UserError."""
+    with reading(path):
         array = np.lib.format.open_memmap(path, mode="r")
-    except (EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole .npy file of numbers ({error})") from None
-    if array.dtype != dtype or array.ndim != dimensions:
-        raise ValueError(
-            f"{path}: found {array.dtype} {list(array.shape)}, "
-            f"expected {dtype.__name__} with {dimensions} dimensions"
-        )
+        if array.dtype != dtype or array.ndim != dimensions:
+            raise ValueError(
+                f"found {array.dtype} {list(array.shape)}, "
+                f"expected {dtype.__name__} with {dimensions} dimensions"
+            )
     return array
 
 
@@ -441,7 +400,7 @@ def load_features(path):
     """Return what FILE.npy and FILE.json hold: features, {id: row} and the content of FILE.json.
 
     The features are memory-mapped float16 [images, N, V]. An image that was skipped has no row
-    here. Raises OSError or ValueError, which names the file.
+    here. Raises UserError, which names the file.
     """
     features = open_array(path, np.float16, 3)
     about_path = Path(path).with_suffix(".json")
@@ -452,37 +411,22 @@ def load_features(path):
     return features, row_of, about
 
 
-def write_json(path, content):
-    """Write a file that is either whole or not there."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def open_part(path, about):
-    """Begin or continue FILE.part.npy. Return its array and what FILE.part.json says about it.
+    """Begin or continue FILE.part.npy. Return its array and what FILE.json says about it.
 
-    Raises FileExistsError for a finished file, ValueError for a partial one of another command.
+    Raises UserError for a finished file, and for a partial one of another command.
     """
-    progress = path.with_suffix(".part.json")
-    # A run that was killed at its very end leaves FILE.json beside the partial files.
-    about_path = path.with_suffix(".json")
-    if path.exists() or (about_path.exists() and not progress.exists()):
-        raise FileExistsError(f"{path} or {about_path}: exists already; remove it to compute again")
+    if path.exists():
+        raise UserError(f"{path}: exists already; remove it and its .json to compute it again")
     path.parent.mkdir(parents=True, exist_ok=True)
-    mode = "w+"
-    if progress.exists():
-        mode = "r+"
-        saved = read_json(progress)
-        # Only the progress may differ.
-        if {**saved, "done": 0, "skipped": []} != about:
-            raise ValueError(f"{progress}: has other settings, weights or images; remove it")
-        about = saved
+    about_path = path.with_suffix(".json")
+    saved = read_json(about_path) if about_path.exists() else about
+    # Only the progress may differ.
+    if saved | {"done": 0, "skipped": []} != about:
+        raise UserError(f"{about_path}: has other settings, weights or images; remove it")
     shape = (len(about["ids"]), math.prod(about["grid"]), about["width"])
-    return np.lib.format.open_memmap(path.with_suffix(".part.npy"), mode, np.float16, shape), about
+    mode = "r+" if saved["done"] else "w+"
+    return np.lib.format.open_memmap(path.with_suffix(".part.npy"), mode, np.float16, shape), saved
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -493,7 +437,7 @@ def prepare(args):
     preprocessing = read_preprocessing(path.parent, encoder.trained_size, args.size, args.squash)
     size = preprocessing["size"]
     if size < 1 or size % encoder.stride:
-        raise ValueError(f"--size: found {size}, expected a multiple of {encoder.stride}")
+        raise UserError(f"--size: found {size}, expected a multiple of {encoder.stride}")
     images = Images(args.images, args.ids, size, args.squash)
     about = {
         "kind": encoder.kind,
@@ -510,63 +454,51 @@ def prepare(args):
     # Workers decode files. An array needs none, and each of them might get a copy of it.
     workers = min(8, os.cpu_count()) if args.images.is_dir() else 0
     remaining = range(about["done"], len(array))
-    loader = DataLoader(images, args.batch_size, sampler=remaining, num_workers=workers)
+    with reading("--batch-size"):
+        loader = DataLoader(images, args.batch_size, sampler=remaining, num_workers=workers)
     return encoder, loader, array, about
 
 
 @torch.inference_mode()
 def extract(args, encoder, loader, array, about):
     """Compute the remaining rows of the array, batch by batch, and put the files in place."""
-    # A signal ends the run after the batch that is being computed.
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
     preprocessing = about["preprocessing"]
-    progress = args.out.with_suffix(".part.json")
 
-    for pixels, problems in tqdm(loader, unit=" batches", disable=None):
-        done = about["done"]
-        for row, problem in enumerate(problems, done):
-            if problem:
-                if not args.skip_broken:
-                    raise ValueError(f"{problem}; --skip-broken leaves such images out")
-                about["skipped"].append(about["ids"][row])
+    for pixels, broken in tqdm(loader, unit=" batches", disable=None):
+        broken = [image_id for image_id in broken if image_id]
+        if broken and not args.skip_broken:
+            raise UserError(
+                f"{args.images}: images {broken} cannot be decoded; "
+                "--skip-broken leaves such images out"
+            )
+        about["skipped"] += broken
         x = normalise(pixels.to(device), preprocessing["mean"], preprocessing["std"])
-        features = encoder(x).half()
-        if not features.isfinite().all():
-            raise ValueError(f"images from {about['ids'][done]} on: a feature is not finite")
+        features = encoder(x).half().cpu().numpy()
+        if not np.isfinite(features).all():
+            first = about["ids"][about["done"]]
+            raise UserError(f"images from {first} on: a feature is not finite")
 
         # A write to a full disk is an error that can be reported; a memory map would crash.
         # The rows are on the disk before their number is. They start behind the file's header.
         with open(array.filename, "r+b") as file:
-            file.seek(array.offset + array[:done].nbytes)
-            file.write(features.cpu().numpy().tobytes())
+            file.seek(array.offset + array[:about["done"]].nbytes)
+            file.write(features.tobytes())
             file.flush()
             os.fsync(file.fileno())
         about["done"] += len(features)
-        write_json(progress, about)
-        if stop:
-            print(f"stopped at image {about['done']}; the same command goes on", file=sys.stderr)
-            sys.exit(128 + stop[0])
+        write_file(args.out.with_suffix(".json"), json.dumps(about).encode())
 
-    write_json(args.out.with_suffix(".json"), about)
     os.replace(array.filename, args.out)
-    progress.unlink()
     print(f"{args.out}: float16 {list(array.shape)}, {len(about['skipped'])} images left out")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="folder or public name of a CLIP")
-    add("--images", type=Path, required=True, help="folder of images, or .npy file of pixels")
+    add("--images", type=Path, required=True, help="folder (by Pillow), or .npy file of pixels")
     add("--ids", type=Path, help="JSON list of an .npy file's ids; a folder has its names as ids")
     add("--out", type=Path, required=True, help="the file to write, FILE.npy")
     add("--batch-size", type=int, default=64, help="images in one pass")
@@ -574,11 +506,8 @@ def main():
     add("--squash", action="store_true", help="resize both sides instead of cutting the centre out")
     add("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
     args = parser.parse_args()
-    try:
-        extract(args, *prepare(args))
-    except (OSError, ValueError, ImportError) as error:
-        parser.error(error)
+    extract(args, *prepare(args))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,20 +1,15 @@
 """Official files of GLUE, SuperGLUE, VQA and captions -> text-to-text examples, splits, metrics.
 
-    python data.py --task rte --data-dir glue                # split sizes and five examples
-    python data.py --task rte --data-dir glue --download     # fetch the official files first
-    python data.py --task vqa --data-dir vl                  # vl/VQAv2 holds the official files
-
     splits = make_splits(TASKS["rte"], "glue")               # {"train": [Example, ...], ...}
     score(TASKS["rte"], outputs, splits["validation"])       # {"accuracy": 0.71}
 
 Text formats are T5's own (Raffel et al. 2020, appendix D), because public T5 checkpoints have
 seen them. This module knows numbers and text only: no model and no image. From top to bottom:
 tasks and examples, errors, file formats, readers, the table of tasks, splits, text formats,
-metrics, predictions, downloads, the command line.
+metrics, predictions, downloads, the end of a program.
 Marks: [P] printed in the paper, [X] borrowed from earlier work's code, [R] reconstructed,
 [C] our choice.
 """
-import argparse
 import contextlib
 import json
 import math
@@ -29,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
+from tokenize import TokenError
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +69,8 @@ class Task:
     urls: dict = ""
     # The first part of the source text of an image task. Text tasks have none.
     prompt: str = ""
+    # The keys of id and output in the file that an image task's official evaluator reads.
+    result: str = ""
     # The largest number of tokens of a free answer, and the beams to search it with [C].
     max_answer: int = 10
     beams: int = 1
@@ -81,9 +79,6 @@ class Task:
         for name in ("fields", "labels", "files", "submission", "urls"):
             setattr(self, name, pairs(getattr(self, name)))
         self.is_visual = bool(self.prompt)
-        # The parts of a source text that stand before the texts of the fields.
-        first, *others = [f"{name}:" for name in self.fields] or [""]
-        self.prompts = [self.prompt or f"{self.name} {first}", *others]
 
     def label_words(self):
         """Return the texts that a right output can be; none where answers are free."""
@@ -95,7 +90,7 @@ class Task:
 
 @dataclass(slots=True)
 class Example:
-    """One example of a task. A million of them must fit into memory, so equal strings are shared.
+    """One example of a task. A million of them must fit into memory.
 
     The gold of a class is the label as the file writes it; of STS-B, the score; of other tasks, the
     tuple of all right answers or captions.
@@ -128,30 +123,29 @@ class UserError(Exception):
 
 # What Python, PyTorch and safetensors raise for content that they cannot read.
 DAMAGED = (ValueError, TypeError, AttributeError, RuntimeError, EOFError, IndexError,
-           zipfile.BadZipFile, UnpicklingError, SafetensorError)
+           zipfile.BadZipFile, UnpicklingError, SafetensorError, TokenError)
 
 
 @contextlib.contextmanager
 def reading(place):
     """Turn an exception about a file's content into a UserError, whose message names the place.
 
-    Yield an object. A reader sets its `entry` to the line or entry that is read, and its `found`
-    to the columns or keys there.
+    Yield an object. A reader adds a line or an entry to its `place`, and may set its `found` to
+    the columns there.
     """
-    where = SimpleNamespace(entry="", found=())
+    where = SimpleNamespace(place=place, found=())
     try:
         yield where
         return
     except OSError as error:
-        problem = error.strerror or str(error)
+        problem = str(error)
     except json.JSONDecodeError as error:
         problem = f"not JSON: {error.msg}"
     except KeyError as error:
         problem = f"found no {error} among {', '.join(where.found) or 'its entries'}"
     except DAMAGED as error:
         problem = str(error)
-    entry = f"{where.entry}: " if where.entry else ""
-    raise UserError(f"{place}: {entry}{problem}")
+    raise UserError(f"{where.place}: {problem}")
 
 
 # ---- file formats --------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def read_lines(path, where, encoding="utf-8"):
     """Yield the lines of a file that are not blank, without line end and byte order mark."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            where.entry = f"line {number}"
+            where.place = f"{path}: line {number}"
             if line.strip():
                 yield line.decode(encoding).strip("\ufeff\r\n")
 
@@ -189,8 +183,7 @@ def read_tsv(path, where, names=(), short_lines=False):
 def read_json_lines(path, where):
     """Read SuperGLUE's format: a JSON object in each line."""
     for line in read_lines(path, where):
-        where.found = json.loads(line)
-        yield where.found
+        yield json.loads(line)
 
 
 def read_trec(path, where):
@@ -204,7 +197,7 @@ def read_imdb(path, where):
     """Read IMDB's format: one text in each file, path/neg/0_9.txt or path/pos/0_9.txt."""
     for label in ("neg", "pos"):
         for file in sorted((path / label).glob("*.txt")):
-            where.entry = f"{label}/{file.name}"
+            where.place = file
             yield {"text": file.read_text("utf-8-sig").replace("\n", " "), "label": label}
 
 
@@ -221,8 +214,8 @@ def read_snlive(path, where):
 
 # One value in an official file has at most so many characters.
 LONGEST_VALUE = 262_144
-BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
-JSON_KEY = re.compile(r'"([^"]*)"\s*:\s*')
+# What stands before an entry: brackets, commas, and before the first entry of a list its key.
+BEFORE_ENTRY = re.compile(r'(?:[\s,\[\]]*"([^"]*)"\s*:)*[\s,\[\]]*')
 
 
 def read_json(path, where, part=None):
@@ -231,11 +224,10 @@ def read_json(path, where, part=None):
     The entries are the elements of the list whose key is `part`. Where that is None, every value is
     an entry, and of a list every element.
     """
+    where.place = path
     decode = json.JSONDecoder().raw_decode
-    text = ""
-    position = 0
-    key = ""
-    number = 0
+    text = key = ""
+    position = number = 0
     with open(path, encoding="utf-8") as file:
         # The opening brace.
         file.read(1)
@@ -243,20 +235,17 @@ def read_json(path, where, part=None):
             if len(text) - position < LONGEST_VALUE:
                 text = text[position:] + file.read(8 * LONGEST_VALUE)
                 position = 0
-            position = BETWEEN_VALUES.match(text, position).end()
-            name = JSON_KEY.match(text, position)
-            if name:
-                key = name[1]
-                number = 0
-                position = name.end()
-            elif text.startswith("}", position):
+            before = BEFORE_ENTRY.match(text, position)
+            if text.startswith("}", before.end()):
                 return
-            else:
-                where.entry = f"{key}[{number}]"
-                where.found, position = decode(text, position)
-                number += 1
-                if part in (key, None):
-                    yield key, where.found
+            if before[1]:
+                key = before[1]
+                number = 0
+            where.place = f"{path}: {key}[{number}]"
+            entry, position = decode(text, before.end())
+            number += 1
+            if part in (key, None):
+                yield key, entry
 
 
 def read_gqa(path, where):
@@ -281,18 +270,15 @@ def read_questions(path, where):
 def read_vqa(path, where):
     """Read a question file with its annotations."""
     name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
-    annotated = path.with_name(name)
     labels = {}
-    with reading(annotated) as elsewhere:
-        for _, row in read_json(annotated, elsewhere, "annotations"):
-            answers = tuple(answer["answer"] for answer in row["answers"])
-            kind = sys.intern(row["answer_type"])
-            labels[str(row["question_id"])] = {"label": answers, "kind": kind}
+    for _, row in read_json(path.with_name(name), where, "annotations"):
+        answers = tuple(answer["answer"] for answer in row["answers"])
+        # The key is what an error message says that was not found.
+        key = f"annotation of question {row['question_id']}"
+        labels[key] = {"label": answers, "kind": row["answer_type"]}
 
     for row in read_questions(path, where):
-        if row["index"] not in labels:
-            raise ValueError(f"question_id {row['index']} has no annotation in {name}")
-        yield row | labels[row["index"]]
+        yield row | labels[f"annotation of question {row['index']}"]
 
 
 def read_official_captions(path, where):
@@ -315,27 +301,11 @@ def read_karpathy(path, where):
         index = str(row["cocoid"])
         image = (row["filepath"], index)
         captions = tuple(sentence["raw"] for sentence in row["sentences"])
-        where.found = KARPATHY
         split = KARPATHY[row["split"]]
         yield {"index": index, "image": image, "split": split, "label": captions}
 
 
 # ---- readers -------------------------------------------------------------------------------------
-
-HINT = "--download fetches the files of GLUE, CB and BoolQ; other files must be put there by hand"
-
-
-def find_files(task, folder):
-    """Return {split: path} of a task. Only the file of a split "test" may be absent."""
-    paths = {}
-    for split, name in task.files.items():
-        path = folder / name
-        if path.exists():
-            paths[split] = path
-        elif split != "test":
-            raise UserError(f"{path}: no such file, expected the {split} split; {HINT}")
-    return paths
-
 
 def read_task(task, folder, protocol):
     """Read the files of a task, or those that stand in for them. Return {split: [Example]}.
@@ -343,18 +313,22 @@ def read_task(task, folder, protocol):
     With protocol "paper", VQAv2 and captions have Karpathy's splits [X] if dataset_coco.json is
     found in the task's folder, above it, or in a folder COCO there.
     """
+    karpathy = None
+    if protocol == "paper" and task.name in ("vqa", "caption"):
+        places = (folder, folder / "COCO", folder.parent, folder.parent / "COCO")
+        paths = [place / "dataset_coco.json" for place in places]
+        karpathy = next(filter(Path.exists, paths), None)
+    if karpathy and task.name == "caption":
+        return read_files(task, {"train": karpathy}, read_karpathy)
     if task.name == "mrpc" and not (folder / "train.tsv").exists():
         # The validation set is the one that can lack examples, if GLUE's list is a wrong one.
         return read_files(task, {"validation": folder / MRPC_SOURCE}, split_mrpc)
-    karpathy = []
-    if protocol == "paper" and task.name in ("vqa", "caption"):
-        names = ("dataset_coco.json", "COCO/dataset_coco.json")
-        paths = [parent / name for parent in (folder, folder.parent) for name in names]
-        karpathy = [path for path in paths if path.exists()]
-    if karpathy and task.name == "caption":
-        return read_files(task, {"train": karpathy[0]}, read_karpathy)
-    splits = read_files(task, find_files(task, folder), task.read_rows)
-    return split_by_image(splits, karpathy[0]) if karpathy else splits
+
+    paths = {split: folder / name for split, name in task.files.items()}
+    if "test" in paths and not paths["test"].exists():
+        del paths["test"]
+    splits = read_files(task, paths, task.read_rows)
+    return split_by_image(splits, karpathy) if karpathy else splits
 
 
 def split_by_image(splits, path):
@@ -377,16 +351,14 @@ def read_files(task, paths, read_rows, labelled=True):
             for number, row in enumerate(read_rows(path, where)):
                 example = make_example(task, row, number, labelled)
                 splits.setdefault(row.get("split", name), []).append(example)
-            found = len(splits.get(name, []))
-            if found < 2:
-                raise ValueError(f"found {found} examples for {name}, expected at least 2")
+            if len(splits.get(name, [])) < 2:
+                raise ValueError(f"found fewer than 2 examples for {name}")
     return splits
 
 
 def make_example(task, row, number, labelled):
     """Turn a row into an example. Raises ValueError for a wrong label or score."""
-    texts = [row[column] for column in task.fields.values()]
-    parts = source_parts(task, texts)
+    parts = source_parts(task, [row[column] for column in task.fields.values()])
     index = row.get("index", str(number))
     gold, target, targets = read_label(task, row[task.column]) if labelled else (None, "", ())
     return Example(parts, target, gold, index, row.get("image"), targets, row.get("kind", ""))
@@ -395,7 +367,7 @@ def make_example(task, row, number, labelled):
 def read_label(task, label):
     """Return gold, target and targets of an example."""
     if task.labels:
-        label = sys.intern(str(label).strip())
+        label = str(label).strip()
         if label not in task.labels:
             raise ValueError(f"found label {label!r}, expected one of {', '.join(task.labels)}")
         return label, task.labels[label], ()
@@ -438,10 +410,8 @@ def split_mrpc(path, where):
     if ids.exists():
         held_out = ids.read_text().split("\n")
     else:
-        note = "408 examples drawn with seed 42 stand in for GLUE's validation set"
-        print(f"note: {ids} is not there: {note}", file=sys.stderr)
-        keys = list(rows)
-        held_out = [keys[number] for number in permutation(len(keys))[:408]]
+        print(f"note: {ids} is not there: 408 examples are drawn to validate", file=sys.stderr)
+        held_out = permutation(list(rows))[:408]
     for key, row in rows.items():
         yield {**row, "split": "validation" if key in held_out else "train"}
 
@@ -524,44 +494,44 @@ TASK_LIST = [
     ),
     # The prompts of vqa, gqa and caption, and five beams, are VL-T5's [X]; the others are ours [C].
     Task(
-        "vqa", "VQAv2", read_vqa, "question", prompt="vqa:",
+        "vqa", "VQAv2", read_vqa, "question", prompt="vqa:", result="question_id answer",
         files="train=v2_OpenEnded_mscoco_train2014_questions.json, "
         "validation=v2_OpenEnded_mscoco_val2014_questions.json",
         submission="test2015-VQAv2.json=v2_OpenEnded_mscoco_test2015_questions.json, "
         "test-dev2015-VQAv2.json=v2_OpenEnded_mscoco_test-dev2015_questions.json"
     ),
     Task(
-        "gqa", "GQA", read_gqa, "question", prompt="gqa:",
+        "gqa", "GQA", read_gqa, "question", prompt="gqa:", result="questionId prediction",
         files="train=train_balanced_questions.json, validation=val_balanced_questions.json, "
         "test=testdev_balanced_questions.json"
     ),
     Task(
-        "okvqa", "OKVQA", read_vqa, "question", prompt="okvqa:",
+        "okvqa", "OKVQA", read_vqa, "question", prompt="okvqa:", result="question_id answer",
         files="train=OpenEnded_mscoco_train2014_questions.json, "
         "validation=OpenEnded_mscoco_val2014_questions.json"
     ),
     Task(
         "caption", "COCO", read_official_captions, "", metrics=("cider",),
         files="train=captions_train2014.json, validation=captions_val2014.json",
-        prompt="caption:", max_answer=40, beams=5
+        prompt="caption:", result="image_id caption", max_answer=40, beams=5
     ),
     Task(
         "snlive", "SNLI-VE", read_snlive, "hypothesis=sentence2",
         "entailment, neutral, contradiction", column="gold_label",
         files="train=snli_ve_train.jsonl, validation=snli_ve_dev.jsonl, test=snli_ve_test.jsonl",
-        prompt="snlive hypothesis:"
+        prompt="snlive hypothesis:", result="pairID gold_label"
     ),
 ]
 TASKS = {task.name: task for task in TASK_LIST}
 # The paper's eight [P].
-GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
+GLUE = "cola,sst2,mrpc,qqp,stsb,mnli,qnli,rte"
 # Trained together [gqa P, at second hand; the others R].
-VL = ["vqa", "gqa", "caption"]
+VL = "vqa,gqa,caption"
 
 
 def find_tasks(text):
     """Return {name: Task} of "rte", "rte,vqa", "glue" or "vl"."""
-    names = {"glue": GLUE, "vl": VL}.get(text, text.split(","))
+    names = {"glue": GLUE, "vl": VL}.get(text, text).split(",")
     for name in names:
         if name not in TASKS:
             raise UserError(f"task {name!r} is unknown; the known ones are {', '.join(TASKS)}")
@@ -581,13 +551,14 @@ def find_folder(task, data_dir):
             return root / name
     if task.is_visual and (root / task.files["train"]).exists():
         return root
-    raise UserError(f"{root / task.folder}: no such folder; {HINT}")
+    return root / task.folder
 
 
-def permutation(count):
-    """Draw an order with the seed and the function of HyperFormer's public splits [X]."""
+def permutation(examples):
+    """Shuffle with the seed and the function of HyperFormer's public splits [X]."""
     generator = torch.Generator().manual_seed(42)
-    return torch.randperm(count, generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    return [examples[number] for number in order]
 
 
 def make_splits(task, data_dir, protocol="paper"):
@@ -604,12 +575,11 @@ def make_splits(task, data_dir, protocol="paper"):
     if protocol == "official" or task.is_visual or "test" in splits:
         return splits
 
-    small = len(splits["train"]) < 10_000
-    examples = splits["validation" if small else "train"]
-    shuffled = [examples[number] for number in permutation(len(examples))]
-    if small:
-        half = len(examples) // 2
+    if len(splits["train"]) < 10_000:
+        shuffled = permutation(splits["validation"])
+        half = len(shuffled) // 2
         return splits | {"validation": shuffled[:half], "test": shuffled[half:]}
+    shuffled = permutation(splits["train"])
     return splits | {
         "train": shuffled[1000:],
         "validation": shuffled[:1000],
@@ -620,10 +590,9 @@ def make_splits(task, data_dir, protocol="paper"):
 def read_submission(task, data_dir):
     """Read the unlabelled test data. Return {file that the evaluation server takes: [Example]}."""
     folder = find_folder(task, data_dir)
-    files = task.submission.items()
-    paths = {name: folder / file for name, file in files if (folder / file).exists()}
+    paths = {name: folder / file for name, file in task.submission.items()}
     if not paths:
-        raise UserError(f"{folder}: found no test data of {task.name} for an evaluation server")
+        raise UserError(f"{task.name}: found no unlabelled test data in the table of tasks")
     # CoLA's test file has a header, unlike its others.
     read_rows = read_questions if task.is_visual else read_tsv
     return read_files(task, paths, read_rows, labelled=False)
@@ -639,11 +608,11 @@ def sample_examples(examples, count, seed):
 # ---- text formats --------------------------------------------------------------------------------
 
 def source_parts(task, texts):
-    """Interleave a task's prompts with the texts of its fields."""
-    parts = list(task.prompts)
-    for number, text in enumerate(texts):
-        parts.insert(2 * number + 1, text.strip())
-    return tuple(parts)
+    """Return the parts of a source text: at even places prompts, at odd ones the texts."""
+    parts = []
+    for name, text in zip(task.fields, texts, strict=True):
+        parts += [f"{name}:", text.strip()]
+    return (task.prompt or f"{task.name} {parts[0]}", *parts[1:])
 
 
 def encode_source(parts, encode, max_length):
@@ -655,7 +624,6 @@ def encode_source(parts, encode, max_length):
     if len(ids) <= max_length:
         return ids
     pieces = [encode(part)[:-1] for part in parts]
-    # Even parts are prompts, odd ones are fields.
     fields = pieces[1::2]
     while any(fields) and sum(map(len, pieces)) >= max_length:
         max(fields, key=len).pop()
@@ -707,14 +675,6 @@ METRICS = {
     "pearson": pearson,
     "spearman": spearman
 }
-
-
-def parse_outputs(task, outputs):
-    """Return an array [outputs] of class numbers, or of scores; -1 for what is neither."""
-    if not task.labels:
-        return np.array([parse_number(output) for output in outputs])
-    classes = {word: number for number, word in enumerate(task.labels.values())}
-    return np.array([classes.get(output.strip(), -1) for output in outputs])
 
 
 def leave_one_out(matches, count):
@@ -880,22 +840,24 @@ def score(task, outputs, examples):
         hypotheses = [tokenize_caption(output) for output in outputs]
         references = [list(map(tokenize_caption, example.gold)) for example in examples]
         return {"cider": cider(hypotheses, references), "bleu4": bleu4(hypotheses, references)}
+    # These are None in STS-B, whose scores are compared below.
+    right = np.array(list(map(partial(correctness, task), outputs, examples)))
     if task.is_visual:
-        values = np.array(list(map(partial(correctness, task), outputs, examples)))
-        metrics = {"accuracy": float(values.mean())}
+        metrics = {"accuracy": float(right.mean())}
         for kind in sorted({example.kind for example in examples} - {""}):
             chosen = [example.kind == kind for example in examples]
-            metrics[kind] = float(values[chosen].mean())
+            metrics[kind] = float(right[chosen].mean())
         return metrics
 
-    predicted = parse_outputs(task, outputs)
     if task.labels:
-        gold = parse_outputs(task, [example.target for example in examples])
-        # An output that is no label counts as a wrong one; of two classes, as the opposite.
-        predicted = np.where(predicted < 0, 1 - gold, predicted)
+        # A wrong output, also one that is no label, counts as the opposite of two classes.
+        words = task.label_words()
+        gold = np.array([words.index(example.target) for example in examples])
+        predicted = np.where(right, gold, 1 - gold)
     else:
         # STS-B's gold scores are not rounded.
         gold = np.array([example.gold for example in examples])
+        predicted = np.array(list(map(parse_number, outputs)))
     return {name: float(METRICS[name](predicted, gold)) for name in task.metrics}
 
 
@@ -907,16 +869,6 @@ def majority(task, train_examples, examples):
 
 # ---- predictions ---------------------------------------------------------------------------------
 
-# The keys in the official evaluators' files. SNLI-VE has no such format [C].
-RESULT_KEYS = {
-    "vqa": ("question_id", "answer"),
-    "okvqa": ("question_id", "answer"),
-    "gqa": ("questionId", "prediction"),
-    "caption": ("image_id", "caption"),
-    "snlive": ("pairID", "gold_label")
-}
-
-
 def predictions_name(task, split):
     """Return "RTE-validation.tsv" or "validation-VQAv2.json"."""
     return f"{split}-{task.folder}.json" if task.is_visual else f"{task.folder}-{split}.tsv"
@@ -927,23 +879,27 @@ def write_predictions(path, task, outputs, examples):
 
     GLUE's files hold labels, so an output that is none becomes the first label.
     """
+    words = task.label_words()
     if task.is_visual:
-        id_key, output_key = RESULT_KEYS[task.name]
+        id_key, output_key = task.result.split()
         # The ids of VQA and COCO are numbers.
         convert = int if id_key.endswith("_id") else str
-        results = []
-        for example, output in zip(examples, outputs, strict=True):
-            results.append({id_key: convert(example.index), output_key: output})
+        results = [
+            {id_key: convert(example.index), output_key: output}
+            for example, output in zip(examples, outputs, strict=True)
+        ]
         text = json.dumps(results)
     else:
-        labels = list(task.labels)
+        labels = {word: label for label, word in task.labels.items()}
         text = "index\tprediction\n"
-        for example, value in zip(examples, parse_outputs(task, outputs), strict=True):
-            label = labels[max(value, 0)] if labels else f"{np.clip(value, 0, 5):.3f}"
+        for example, output in zip(examples, outputs, strict=True):
+            if labels:
+                label = labels.get(output.strip(), labels[words[0]])
+            else:
+                label = f"{np.clip(parse_number(output), 0, 5):.3f}"
             text += f"{example.index}\t{label}\n"
     write_file(path, text.encode())
-    words = task.label_words()
-    return sum(output.strip() not in words for output in outputs) if words else 0
+    return sum(output.strip() not in words for output in outputs if words)
 
 
 # ---- files and downloads -------------------------------------------------------------------------
@@ -960,21 +916,16 @@ def write_file(path, content):
 
 def download(task, data_dir):
     """Fetch the official files if they are not there yet. Unpack those of a zip that are read."""
-    try:
-        folder = find_folder(task, data_dir)
-        # The last download of MRPC, which has no train.tsv.
-        if not (folder / MRPC_IDS).exists():
-            find_files(task, folder)
+    folder = find_folder(task, data_dir)
+    present = {path.name for path in folder.glob("*")}
+    # GLUE's list is the last download of MRPC.
+    if not task.urls or MRPC_IDS in present or present.issuperset(task.files.values()):
         return
-    except UserError:
-        if not task.urls:
-            raise
 
-    folder = Path(data_dir) / task.folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, url in task.urls.items():
         with reading(url):
-            torch.hub.download_url_to_file(url, str(folder / name), progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(folder / name))
 
     archive = folder / "official.zip"
     if archive.exists():
@@ -984,34 +935,13 @@ def download(task, data_dir):
         archive.unlink()
 
 
-# ---- the command line ----------------------------------------------------------------------------
+# ---- the end of a program ------------------------------------------------------------------------
 
 def run(main):
-    """Call a program's main. A user's mistake or a full memory ends in one line and code 2."""
+    """Call a program's main. A user's mistake, a missing package or a full memory ends in one line
+    and code 2."""
     try:
         main()
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--task", required=True, help=", ".join(TASKS))
-    parser.add_argument("--data-dir", required=True, help="folder that holds RTE, VQAv2, ...")
-    parser.add_argument("--protocol", default="paper", choices=["paper", "official"])
-    parser.add_argument("--download", action="store_true", help="fetch the official files")
-    args = parser.parse_args()
-
-    for task in find_tasks(args.task).values():
-        if args.download:
-            download(task, args.data_dir)
-        splits = make_splits(task, args.data_dir, args.protocol)
-        for name, examples in splits.items():
-            print(f"{task.name}, {name}: {len(examples):,} examples")
-        for example in splits["train"][:5]:
-            print(f"\n{example.source}\n  -> {example.target}")
-
-
-if __name__ == "__main__":
-    run(main)

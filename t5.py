@@ -79,16 +79,13 @@ class T5Config:
 
     @classmethod
     def from_file(cls, path):
-        """Read a public config.json. Raises ValueError where it is not the config of a T5."""
+        """Read a public config.json. If it lacks a size, the default will not fit the weights."""
         found = read_json(path)
-        accepted = {"model_type": ["t5"], "feed_forward_proj": ["relu", "gated-gelu"]}
-        for key, values in accepted.items():
-            if found.get(key, values[0]) not in values:
-                raise ValueError(f"{path}: {key}: found {found[key]!r}, expected one of {values}")
-        missing = {"d_model", "d_kv", "d_ff", "num_layers", "num_heads"} - found.keys()
-        if missing:
-            raise ValueError(f"{path}: found no {', '.join(sorted(missing))}")
-        return cls(**{key: found[key] for key in found.keys() & cls.__annotations__})
+        config = cls(**{key: found[key] for key in found.keys() & cls.__annotations__})
+        if config.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise ValueError(f"{path}: feed_forward_proj: found {config.feed_forward_proj!r},"
+                             " expected relu or gated-gelu")
+        return config
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -106,9 +103,8 @@ class Tokenizer:
             self.names = [self.pieces.id_to_piece(i) for i in range(len(self.pieces))]
         except RuntimeError:
             raise ValueError(f"{path}: not a SentencePiece model") from None
-        special = self.names[:3]
-        if special != ["<pad>", "</s>", "<unk>"]:
-            raise ValueError(f"{path}: ids 0 to 2 are {special}, expected <pad>, </s>, <unk>")
+        if self.names[:3] != ["<pad>", "</s>", "<unk>"]:
+            raise ValueError(f"{path}: ids 0 to 2 are {self.names[:3]}, not <pad>, </s>, <unk>")
         self.names += [f" <extra_id_{i}>" for i in reversed(range(100))]
         # The id of <extra_id_0>.
         self.largest_id = len(self.names) - 1
@@ -310,9 +306,8 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.is_decoder = is_decoder
-        buckets = config.relative_attention_num_buckets
         layers = config.num_decoder_layers if is_decoder else config.num_layers
-        self.relative_bias = nn.Embedding(buckets, config.num_heads)
+        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.blocks = nn.ModuleList(Block(config, is_decoder, layer) for layer in range(layers))
         self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
@@ -409,7 +404,9 @@ class T5(nn.Module):
                                     sites)
 
         # Without scores and candidates, one beam is a tenth faster.
-        token, cache, output = torch.full_like(input_ids[:, :1], PAD), {}, []
+        cache = {}
+        output = []
+        token = torch.full_like(input_ids[:, :1], PAD)
         done = torch.zeros_like(token, dtype=torch.bool)  # [B, 1]
         while len(output) < max_new_tokens and not done.all():
             logits = self.decode(token, memory, attention_mask, sites, cache)  # [B, 1, vocabulary]
@@ -452,7 +449,11 @@ class T5(nn.Module):
             ids = candidate[rows, kept]
             order = (rows * total.size(1) + parent)[rows, kept].flatten()
             attention_mask = attention_mask[order]
-            reorder(cache, order, length)
+            # Each beam goes on with the keys and values of its parent. Those of the memory are the
+            # same for all beams of an example: they are only repeated, after the first step.
+            for site, pair in cache.items():
+                if length == 1 or site[0] == DECODER_SELF:
+                    cache[site] = tuple(tensor[order] for tensor in pair)
         return finished[:, 0, 1:length + 1]
 
     @classmethod
@@ -472,14 +473,6 @@ class T5(nn.Module):
 
         load_weights(model, tensors, path, public_name, is_ignored)
         return model.eval()
-
-
-def reorder(cache, order, length):
-    """Give each beam the keys and values of its parent. The memory's are the same for all beams of
-    an example: they are only repeated, after the first step."""
-    for site, pair in cache.items():
-        if length == 1 or site[0] == DECODER_SELF:
-            cache[site] = tuple(tensor[order] for tensor in pair)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -535,7 +528,6 @@ def read_weights(folder, weights=WEIGHTS):
     Raises FileNotFoundError, or ValueError for a damaged file.
     """
     tensors = {}
-    aliases = {}
     files = weight_files(folder, weights)
     if not files:
         raise FileNotFoundError(f"{folder}: no weights, expected one of {', '.join(weights)}")
@@ -546,14 +538,14 @@ def read_weights(folder, weights=WEIGHTS):
                 continue
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}
-                aliases |= file.metadata() or {}
+                aliases = file.metadata() or {}
         except Exception as error:
             reason = str(error).split("\n")[0]
             raise ValueError(f"{path}: not a whole file of weights ({reason})") from None
-    # Of a tensor with two names, a file holds one: {the other name: the stored one}.
-    for alias in aliases.keys() - tensors.keys():
-        if aliases[alias] in tensors:
-            tensors[alias] = tensors[aliases[alias]]
+        # Of a tensor with two names, a file holds one: {the other name: the stored one}.
+        for alias, stored in aliases.items():
+            if stored in tensors:
+                tensors[alias] = tensors[stored]
     return files[0], tensors
 
 
@@ -563,7 +555,6 @@ def load_weights(model, tensors, path, rename, ignored):
     rename: our name -> the public one. ignored: whether an unknown public name may be there.
     """
     state = model.state_dict()
-    unknown = tensors.keys() - map(rename, state)
     for ours, expected in state.items():
         name = rename(ours)
         if name not in tensors:
@@ -576,7 +567,7 @@ def load_weights(model, tensors, path, rename, ignored):
             raise ValueError(f"{path}: tensor {name} holds numbers that are not finite")
         # A copy, because the tensors of a file may be mapped from it.
         state[ours] = tensor.to(torch.float32, copy=True)
-    for name in unknown:
+    for name in tensors.keys() - map(rename, state):
         if not ignored(name):
             raise ValueError(f"{path}: tensor {name} is unknown")
     model.load_state_dict(state, assign=True)
@@ -600,11 +591,10 @@ def find_checkpoint(name_or_folder, files=("config.json", "spiece.model"), optio
         raise FileNotFoundError(f"model {name!r}: no such folder, and no public name, such as"
                                 " t5-base or google/flan-t5-small")
 
-    home = os.environ.get("HF_HOME")
     repository = name.replace("/", "--")
-    hub = Path(home or "~/.cache/huggingface", "hub").expanduser()
-    folder = Path(home or "~/.cache", "hyperpelt", repository).expanduser()
-    for place in (*hub.glob(f"models--{repository}/snapshots/*"), folder):
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    folder = home / "hyperpelt" / repository
+    for place in (*home.glob(f"hub/models--{repository}/snapshots/*"), folder):
         found = weight_files(place, weights)
         if found and all(path.is_file() for path in [*found, *(place / file for file in files)]):
             return place
@@ -613,12 +603,12 @@ def find_checkpoint(name_or_folder, files=("config.json", "spiece.model"), optio
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     base = f"{endpoint}/{name}/resolve/main"
     for file in (*files, *optional):
-        if not download(f"{base}/{file}", folder / file) and file in files:
+        if not download(base, folder / file) and file in files:
             raise FileNotFoundError(f"{base}/{file}: no such file, and {name} is no folder here")
     for file in weights:
-        if download(f"{base}/{file}", folder / file):
+        if download(base, folder / file):
             for path in weight_files(folder, [file]):
-                download(f"{base}/{path.name}", path)
+                download(base, path)
             return folder
     raise FileNotFoundError(f"{base}: found no weights, expected one of {', '.join(weights)}")
 
@@ -632,17 +622,18 @@ class AnyAnswer(urllib.request.HTTPErrorProcessor):
     http_response = https_response
 
 
-def download(url, path):
-    """Fetch a file, unless it is there -> False where the server does not have it."""
+def download(base, path):
+    """Fetch base/NAME to the file of that name, unless it is there -> False where it is not."""
     if path.is_file():
         return True
+    url = f"{base}/{path.name}"
     try:
         # The hub announces the sha256 of a large file where it redirects to its storage.
         request = urllib.request.Request(url, method="HEAD")
         answer = urllib.request.build_opener(AnyAnswer).open(request, timeout=30)
-        announced = answer.headers.get("X-Linked-Etag", "").strip('"')
-        sha256 = announced if re.fullmatch("[0-9a-f]{64}", announced) else None
-        torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
+        sha256 = re.findall("[0-9a-f]{64}", answer.headers.get("X-Linked-Etag", ""))
+        # Where it announces none, the empty text fits every file.
+        torch.hub.download_url_to_file(url, path, "".join(sha256), progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:
         # The hub answers 401 for a repository that does not exist.
         if getattr(error, "code", None) in (401, 404):

@@ -94,15 +94,16 @@ def add_option(group, name, default, text):
     if default is False:
         group.add_argument(name, action="store_true", help=text)
     elif isinstance(default, tuple):
-        group.add_argument(name, choices=default, default=default[0], help=text)
+        text = f"{text}: {', '.join(default)}"
+        group.add_argument(name, choices=default, default=default[0], metavar="X", help=text)
     else:
         kind = natural if isinstance(default, int) else type(default)
         group.add_argument(name, type=kind, default=default, metavar="X", help=text)
 
 
 def make_parser():
-    parser = Parser(usage="python train.py [options]", epilog=EXAMPLES,
-                    formatter_class=HelpFormatter)
+    formatter = functools.partial(HelpFormatter, max_help_position=34)
+    parser = Parser(usage="python train.py [options]", epilog=EXAMPLES, formatter_class=formatter)
 
     add = functools.partial(add_option, parser.add_argument_group("model and data"))
     add("--task", "rte", "names with commas between, or glue, or vl")
@@ -117,7 +118,7 @@ def make_parser():
     group = parser.add_argument_group("method")
     add = functools.partial(add_option, group)
     add("--method", tuple(METHODS), "hypernetworks, or a baseline")
-    add("--vision", (*VISION, "shuffled"), "what images give; shuffled: both, of another image")
+    add("--vision", (*VISION, "shuffled"), "what an image gives; the last: both, of another image")
     group.add_argument("--set", nargs="+", default=[], metavar="X=Y",
                        help="fields of HyperPELTConfig, such as prefix_length=20 hyper_norm=true")
     add("--init-from", "", "folder of a run: start from what it has trained")
@@ -143,8 +144,8 @@ def make_parser():
     add("--run", "", "the run's folder; empty: runs/TASK-METHOD")
     add("--resume", False, "go on with the run, if it exists")
     add("--eval-only", False, "evaluate the run's best checkpoint")
-    group.add_argument("--predict", choices=["validation", "test", "submission"],
-                       help="write the outputs on a split")
+    group.add_argument("--predict", choices=["validation", "test", "submission"], metavar="SPLIT",
+                       help="write the outputs on validation, test or submission")
     group.add_argument("--ask", nargs="+", metavar="TEXT",
                        help="[TASK] the texts of one example [SET:IMAGE]")
     add("--export", "", "folder: write the generated weights of each task into it")

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT, run_cli
 
-PROGRAMS = ["train", "data", "clip_features", "hyperpelt"]
+PROGRAMS = ["train", "clip_features", "hyperpelt"]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "sample/README.md")}
 PLACES = sorted(set(re.findall(r"`(\w+)\.py:([\w.]+)`", "\n".join(PAGES.values()))))
 

@@ -5,9 +5,9 @@ test_hyperpelt.py holds the tests of the two seams, and of the cache with a pref
 import hashlib
 import http.server
 import json
-import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -225,21 +225,28 @@ def test_public_sizes(count, config):
         assert sum(parameter.numel() for parameter in T5(config).parameters()) == count
 
 
-GOOD = dict(d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4)
-
-
-@pytest.mark.parametrize("text, message", [
-    (json.dumps({**GOOD, "feed_forward_proj": "gated-silu"}), "feed_forward_proj.*gated-silu"),
-    (json.dumps({**GOOD, "model_type": "mt5"}), "model_type.*mt5"),
-    (json.dumps({"d_model": 32, "num_heads": 4}), "d_ff, d_kv, num_layers"),
-    ("{", "not JSON")])
-def test_config_files(text, message, tmp_path):
+def test_config_files(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**GOOD, "model_type": "t5", "n_positions": 512}))
-    assert T5Config.from_file(path) == T5Config(32, 16, 48, 3, 4, num_decoder_layers=3)
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-        T5Config.from_file(path)
+    sizes = dict(d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4)
+    path.write_text(json.dumps({**sizes, "n_positions": 512}))
+    assert T5Config.from_file(path) == T5Config(**sizes, num_decoder_layers=3)
+    for text, message in (('{"feed_forward_proj": "gated-silu"}', "feed_forward_proj.*gated-silu"),
+                          ("{", "not JSON")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"config.json: {message}"):
+            T5Config.from_file(path)
+
+
+@pytest.mark.parametrize("key", ["d_model", "d_kv", "d_ff", "num_layers", "num_heads",
+                                 "num_decoder_layers", "vocab_size", "tie_word_embeddings"])
+def test_a_config_that_lacks_a_size_does_not_fit_the_weights(key, tmp_path):
+    make_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model.safetensors: tensor .* (expected|missing|unknown)"):
+        T5.from_pretrained(tmp_path)
 
 
 # Copies of shared.weight that files hold. The last one is a copy in tied models only.
@@ -265,12 +272,12 @@ def rewrite(folder, form):
         torch.save(tensors, folder / "pytorch_model.bin",
                    _use_new_zipfile_serialization=form == "bin")
     else:
-        stem, suffix, save = {"shards": ("model", "safetensors", save_file),
-                              "bin shards": ("pytorch_model", "bin", torch.save)}[form]
-        place = {name: f"{stem}-{i % 2}.{suffix}" for i, name in enumerate(tensors)}
+        whole, save = {"shards": ("model.safetensors", save_file),
+                       "bin shards": ("pytorch_model.bin", torch.save)}[form]
+        place = {name: f"{i % 2}-{whole}" for i, name in enumerate(tensors)}
         for file in set(place.values()):
             save({name: tensors[name] for name in tensors if place[name] == file}, folder / file)
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": place}))
+        (folder / f"{whole}.index.json").write_text(json.dumps({"weight_map": place}))
 
 
 @pytest.mark.parametrize("form", ["copies", "alias", "shards", "bin", "old bin", "bin shards"])
@@ -289,9 +296,8 @@ def test_a_loaded_model_is_float32_in_eval_mode_and_not_mapped(tmp_path):
         model = T5.from_pretrained(tmp_path)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert not any(module.training for module in model.modules())
-        if os.path.exists("/proc/self/maps"):
-            with open("/proc/self/maps") as maps:
-                assert str(path) not in maps.read()
+        maps = Path("/proc/self/maps")
+        assert not maps.exists() or str(path) not in maps.read_text()
 
 
 WI = "encoder.block.0.layer.1.DenseReluDense.wi.weight"
@@ -341,12 +347,11 @@ class Hub(http.server.SimpleHTTPRequestHandler):
         if not self.path.startswith(("/org/tiny/resolve/main/", "/storage/")):
             return self.send_error(401)
         name = self.path.rsplit("/", 1)[1]
-        file = os.path.join(self.directory, name)
-        if self.path.startswith("/storage/") or name.endswith(".json") or not os.path.exists(file):
+        file = Path(self.directory, name)
+        if self.path.startswith("/storage/") or file.suffix == ".json" or not file.exists():
             self.path = f"/{name}"
             return super().send_head()
-        with open(file, "rb") as content:
-            known = hashlib.sha256(content.read() + b"x" * (name in Hub.wrong)).hexdigest()
+        known = hashlib.sha256(file.read_bytes() + b"x" * (name in Hub.wrong)).hexdigest()
         self.send_response(302)
         self.send_header("Location", f"/storage/{name}")
         self.send_header("X-Linked-Etag", f'"{known}"')

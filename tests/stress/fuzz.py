@@ -30,7 +30,7 @@ from t5 import T5, T5Config, Tokenizer, public_name
 
 # What our own files and data sets may raise, and what public models and features may raise.
 OURS = (data.UserError, OSError)
-PUBLIC = (ValueError, OSError)
+PUBLIC = (ValueError, OSError, data.UserError)
 # What damage puts into a file.
 VALUES = [b"-1", b"1e999", b"NaN", b"9" * 20, b"null", b'""', b"[]", b"{}", b"true", b"\xff", b"\0"]
 SNLIVE = '{"pairID": 1, "Flickr30K_ID": 2, "gold_label": "neutral", "sentence2": "A cat."}'
