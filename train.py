@@ -447,7 +447,7 @@ def draw_target(example, rng):
     if not example.targets:
         return example.target
     texts, weights = zip(*example.targets, strict=True)
-    return texts[rng.choice(len(texts), p=np.array(weights) / sum(weights))]
+    return str(rng.choice(texts, p=np.array(weights) / sum(weights)))
 
 
 # ---- several processes, under torchrun -----------------------------------------------------------
@@ -766,7 +766,7 @@ def predict(run):
 
 @torch.no_grad()
 def ask(run):
-    """Print the output for --ask and, among the labels of the task, the probability of each."""
+    """Print the output for --ask, and the probability of each label of the task."""
     texts = list(run.args.ask)
     name = texts.pop(0) if texts[0] in run.tasks else list(run.tasks)[0]
     task = run.tasks[name]
@@ -780,13 +780,12 @@ def ask(run):
 
     print(example.source)
     print(generate_outputs(run, task, [example])[0])
-    if words := task.label_words():
-        input_ids, features = make_inputs(run, [example] * len(words))
-        labels = make_labels(run, words)                                        # [words, T]
-        logits, _ = run.model(input_ids, None, labels, name, features=features)
-        losses = F.cross_entropy(logits.float().mT, labels, reduction="none")   # [words, T]
-        for word, probability in zip(words, (-losses.sum(1)).softmax(0).tolist(), strict=True):
-            print(f"  {word:20}{probability:.4f}")
+    input_ids, features = make_inputs(run, [example])
+    for word in task.label_words():
+        labels = make_labels(run, [word])
+        _, loss = run.model(input_ids, None, labels, name, features=features)
+        # The loss is the mean of -log p over the tokens of the word.
+        print(f"  {word:20}{math.exp(-loss.item() * labels.numel()):.4f}")
 
 
 @torch.no_grad()
