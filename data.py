@@ -71,7 +71,7 @@ class Task:
     prompt: str = ""
     # The keys of id and output in the file that an image task's official evaluator reads.
     result: str = ""
-    # The largest number of tokens of a free answer, and the beams to search it with [C].
+    # The largest number of tokens of an output, and the beams to search it with [C].
     max_answer: int = 10
     beams: int = 1
 

@@ -61,7 +61,8 @@ EXAMPLES = """examples:
   python train.py --run runs/rte-hyperpelt --resume           go on after an interruption
   python train.py --task glue --model t5-base --data-dir glue --download
   python train.py --task vqa --data-dir vl --features features --model google/flan-t5-base
-  python train.py --task cb --data-dir superglue --init-from runs/glue-hyperpelt --init-task mnli
+  python train.py --task cb --model t5-base --data-dir superglue --init-from runs/glue-hyperpelt
+    --init-task mnli
   python train.py --table runs/rte-hyperpelt runs/rte-prefix
   torchrun --nproc_per_node=2 -- train.py --task glue         one process per GPU
 """
@@ -333,7 +334,7 @@ def open_features(args, splits, image_encoder=None):
 
 
 def shuffle_images(images, seed):
-    """Give every image the features of another one. What is answered then needs no image."""
+    """Give every image the features of a random one. What is answered then needs no image."""
     places = list(images.values())
     order = np.random.default_rng(seed).permutation(len(places))
     return {image: places[i] for image, i in zip(images, order, strict=True)}
@@ -694,7 +695,7 @@ def check_finite(run, step, norm):
 # ---- results -------------------------------------------------------------------------------------
 
 def finish(run):
-    """Evaluate the best checkpoint on every split with labels; write metrics.json; print all."""
+    """Evaluate the best checkpoint on validation and test splits; write metrics.json; print all."""
     load_best(run)
     metrics = evaluate(run, ["validation", "test", "mismatched"])
     mean = {split: mean_metric(run.tasks, metrics, split) for split in ("validation", "test")
@@ -804,7 +805,7 @@ def export(run):
             for part, tensor in zip(seam_of(block).names, weights, strict=True):
                 tensors[f"{block}.{layer}.{part}"] = tensor.cpu().contiguous().clone()
         path = Path(run.args.export) / f"{task.name}.safetensors"
-        data.write_file(path, safetensors.torch.save(tensors, metadata))
+        write_file(path, safetensors.torch.save(tensors, metadata))
         print(f"{path}: {count(tensors.values()):,} deployed parameters")
 
 
@@ -839,6 +840,8 @@ def table(folders):
         for run in sorted(Path(folder).glob("seed-*")) or [Path(folder)]:
             records.append(read_record(run))
             del records[-1]["settings"]["seed"]
+            # Another seed draws other examples for --max-train-examples.
+            records[-1]["hashes"].pop("examples", None)
             if found := differences(records[0], records[-1]):
                 raise UserError(f"{run}: is no other seed of the same run: {'; '.join(found)}")
             with reading(run / "metrics.json"):

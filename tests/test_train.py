@@ -542,7 +542,8 @@ def test_predictions(text, image):
 
 
 def test_several_seeds_and_their_table(folder, tmp_path):
-    arguments = command(folder, "rte", tmp_path, *SHORT, "--num-seeds", 2)
+    arguments = command(folder, "rte", tmp_path, *SHORT, "--num-seeds", 2,
+                        "--max-train-examples", 30)
     printed = call(*arguments)
     weights = [(tmp_path / f"seed-{seed}" / "best.safetensors").read_bytes() for seed in (0, 1)]
     assert weights[0] != weights[1]
