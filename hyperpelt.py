@@ -41,9 +41,9 @@ All equations are written for rows: one row is one position or token. In (1), [a
 features of one position. In (3) and (9), it puts positions one after the other.
 
 Shapes: B batch, S source or target length, N prefix length, D d_model, H heads, K d_kv,
-r bottleneck, L layers of both stacks together, V visual width, M tasks, E width d_I of a
-hyper-embedding, Z width d_t of an embedding, Q width of the projector's hidden layer. The weights
-of a task have B = 1, because all examples share them; those of images have one entry per example.
+r bottleneck, L layers (l counts those of both stacks), V visual width, Z width of an embedding,
+Q width of the projector's hidden layer, E width of a hyper-embedding. The weights of a task have
+B = 1, because all examples share them; those of images have one entry per example.
 """
 import argparse
 import math
@@ -66,7 +66,8 @@ METHODS = {
     "hyperpelt": (True, True, "hypernetworks"),
     "hyperprefix": (True, False, "hypernetworks"),
     "hyperadapter": (False, True, "hypernetworks"),
-    # One vector I per site with a layer norm, and adapters only: HyperFormer++'s idea, our sites.
+    # Adapters only, by one vector I per site, with a layer norm: HyperFormer++'s idea at our sites.
+    # HyperPELT sets per_position and hyper_norm for it.
     "hypervector": (False, True, "hypernetworks"),
     # Baselines. The paper trained prefix-tuning and MAM with one set of weights for all tasks [P].
     "prefix": (True, False, "shared"),
@@ -90,16 +91,17 @@ class HyperPELTConfig:
     """Sizes and switches. What the paper does not print can be set here in one place."""
     method: str = "hyperpelt"
     prefix_length: int = 49         # N [R]: the 7 x 7 grid of an image fits position by position
-    embedding_dim: int = 768        # d_t [R]; with the next three, 1.01x for HyperPrefix [P]
-    hyper_dim: int = 64             # d_I [R]
+    embedding_dim: int = 768        # Z [R]; with the next three, 1.01x for HyperPrefix [P]
+    hyper_dim: int = 64             # E [R]
     projector_dim: int = 128        # Q [R]
     bottleneck: int = 24            # r [R]
     reparam_dim: int = 512          # hidden width of eq. (11) [X]
     per_position: bool = True       # embeddings have N rows [R]; False: one row [X: HyperFormer]
     hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; C: off]
     prefix_blocks: tuple = ATTENTION_BLOCKS     # which attentions receive a prefix [X: MAM]
-    adapter_scale: float = 0.1      # lambda, lambda_v at the start, one number per side [C]: a
-    # step of Adam moves a generated weight far, and with 1 [X: MAM] training was less steady.
+    # lambda and lambda_v at the start, each one number for all sites [C]. A step of Adam moves a
+    # generated weight far, so that training was less steady with 1 [X: MAM].
+    adapter_scale: float = 0.1
     learned_scale: float = 1.0      # lambda at the start, of the baselines' adapters [C]
     position_noise: float = 0.5     # share of the variance of z, l, b between positions [C]
     sharing: str = "default"        # of baselines: "shared", "per-task"; "default": as in METHODS
@@ -129,8 +131,8 @@ class Hypernetworks(nn.Module):
 
     def __init__(self, config, t5_config, attentions, ffns):
         super().__init__()
-        d_t, d_I, N = config.embedding_dim, config.hyper_dim, config.prefix_length
-        r, D = config.bottleneck, t5_config.d_model
+        Z, Q, E = config.embedding_dim, config.projector_dim, config.hyper_dim
+        N, r, D = config.prefix_length, config.bottleneck, t5_config.d_model
         self.attentions, self.ffns = attentions, ffns
         self.head_shape = (N, t5_config.num_heads, t5_config.d_kv)
         self.down_shape, self.up_shape = (D, r), (r, D)
@@ -143,20 +145,20 @@ class Hypernetworks(nn.Module):
         self.register_buffer("block_ids", torch.tensor(blocks), persistent=False)
 
         # W1 [z ; l ; b] + c1 is the sum of three linear maps, one for each part of the input.
-        self.from_z = nn.Linear(d_t, config.projector_dim)
-        self.from_layer = nn.Linear(d_t, config.projector_dim, bias=False)
-        self.from_block = nn.Linear(d_t, config.projector_dim, bias=False)
-        self.to_hyper = nn.Linear(config.projector_dim, d_I)
-        self.norm = nn.LayerNorm(d_I) if config.hyper_norm else nn.Identity()
+        self.from_z = nn.Linear(Z, Q)
+        self.from_layer = nn.Linear(Z, Q, bias=False)
+        self.from_block = nn.Linear(Z, Q, bias=False)
+        self.to_hyper = nn.Linear(Q, E)
+        self.norm = nn.LayerNorm(E) if config.hyper_norm else nn.Identity()
 
         if attentions:
             # In the vector form, a single I writes all N rows of a prefix at once.
             rows = 1 if config.per_position else N
-            self.to_key = nn.Linear(d_I, rows * t5_config.num_heads * t5_config.d_kv)
-            self.to_value = nn.Linear(d_I, rows * t5_config.num_heads * t5_config.d_kv)
+            self.to_key = nn.Linear(E, rows * t5_config.num_heads * t5_config.d_kv)
+            self.to_value = nn.Linear(E, rows * t5_config.num_heads * t5_config.d_kv)
         if ffns:
-            self.to_down, self.to_down_bias = nn.Linear(d_I, r * D), nn.Linear(d_I, r)
-            self.to_up, self.to_up_bias = nn.Linear(d_I, D * r), nn.Linear(d_I, D)
+            self.to_down, self.to_down_bias = nn.Linear(E, r * D), nn.Linear(E, r)
+            self.to_up, self.to_up_bias = nn.Linear(E, D * r), nn.Linear(E, D)
             self.scale = nn.Parameter(torch.tensor(config.adapter_scale))
 
     def hyper_embedding(self, z, layer, block):
@@ -179,7 +181,7 @@ class Hypernetworks(nn.Module):
 
     def adapters(self, hyper):
         """I [sites, B, N, E] -> W_down [sites, B, D, r], b_down [sites, B, 1, r],
-        W_up [sites, B, r, D], b_up [sites, B, 1, D], lambda [sites], all equal."""
+        W_up [sites, B, r, D], b_up [sites, B, 1, D], lambda [sites], the same number for each."""
         mean = hyper.mean(2)                                        # [sites, B, E]
         down = self.to_down(mean).unflatten(2, self.down_shape)     # eq. (4): W_down
         down_bias = self.to_down_bias(mean).unsqueeze(2)            # eq. (4): b_down
@@ -238,13 +240,14 @@ class Adapter:
     def __call__(self, u):                                          # [B, S, D]
         terms = []
         for down, down_bias, up, up_bias, scale in self.parts:
-            # All tokens that share an adapter go into one row: of the batch, or of the beams of an
-            # image. To scale W_up and b_up by lambda spares a pass over all tokens.
-            x = u.reshape(len(down), -1, u.size(2))
+            # The tokens are grouped by the adapter they share: a task's serves the whole batch, an
+            # image's the beams of one example. To scale W_up and b_up spares a pass over them.
+            x = u.reshape(len(down), -1, u.size(2))                 # [1 or B, tokens, D]
             hidden = F.relu(torch.baddbmm(down_bias, x, down))      # eq. (5): u W_down + b_down
             x = torch.baddbmm(scale * up_bias, hidden, scale * up)  # eq. (5), (6): lambda A(u)
             terms.append(x.view_as(u))
-        return sum(terms[1:], start=terms[0])                       # eq. (10)
+        # t5.FeedForward adds FFN(u) to it, t5.Block adds x.
+        return sum(terms[1:], start=terms[0])                       # eq. (6), (10)
 
 
 def seam_of(block):
@@ -324,7 +327,7 @@ class HyperPELT(nn.Module):
                 module.bias.zero_()
             if isinstance(module, Hypernetworks):
                 # PyTorch draws from +-1/sqrt(inputs). One map of the concatenation would have
-                # 3 d_t inputs, so each of its parts is divided by sqrt(3).
+                # 3 Z inputs, so each of its parts is divided by sqrt(3).
                 for part in (module.from_z, module.from_layer, module.from_block):
                     part.weight.mul_(3 ** -0.5)
                 # Adapters are an exact no-op at first.
@@ -337,7 +340,8 @@ class HyperPELT(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def generate_weights(self, task):
-        """Name of a task -> {site: its tensors}, with a batch axis of 1.
+        """Name of a task -> {site: its tensors}, with a batch axis of 1 (lambda has none). Raises
+        KeyError for a task that the model was not made for.
 
         Call it once per training step and once per evaluation, not per layer or output token.
         """
@@ -349,7 +353,8 @@ class HyperPELT(nn.Module):
         return {}
 
     def generate_visual_weights(self, features):
-        """Normalised grid features [B, N, V] -> {site: its tensors}, with a batch axis of B."""
+        """Grid features G [B, N, V], as inject prepares them -> {site: its tensors}, with a batch
+        axis of B (lambda has none)."""
         # To generate weights for every image costs as much as the backbone itself, so it runs in
         # the backbone's dtype.
         low_precision = self.t5.dtype != torch.float32
@@ -362,7 +367,7 @@ class HyperPELT(nn.Module):
     def inject(self, weights, features=None):
         """The weights of a task and, for images, grid features [B, N, V] -> what T5.forward and
         T5.generate take: `sites` and, with image tokens only, `front`. Raises ValueError where the
-        features have another number of positions than the prefix."""
+        number of positions is not prefix_length, also if all of them share one embedding."""
         parts = {site: [tensors] for site, tensors in weights.items()}
         injected = {}
         if features is not None:
@@ -453,7 +458,7 @@ class LearnedWeights(nn.Module):
 
     def forward(self, task, dtype):
         """Name of a task -> {site: its tensors}, as Hypernetworks gives them."""
-        owner = task if task in self.owners else "all"
+        owner = "all" if "all" in self.owners else task
         weights = {}
         if self.attentions:
             weights |= split_by_site(self.attentions, self.prefixes(owner), dtype)
@@ -472,21 +477,23 @@ def count(tensors):
 @torch.no_grad()
 def deployed(model):
     """Numbers left for all tasks once the weights are generated: prefixes, adapters (with a lambda
-    each) and layer norms."""
-    norms = [p for name, p in model.trained().items() if name.startswith("t5.")]
+    each) and what is trained in the T5."""
+    of_t5 = [p for p in model.t5.parameters() if p.requires_grad]
     generated = []
     for owner in model.learned.owners if model.learned else model.tasks:
         for tensors in model.generate_weights(owner).values():
             generated += tensors
-    return count(norms + generated)
+    return count(of_t5 + generated)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Print what each method trains on a T5.")
     parser.add_argument("--model", default="", help="folder of a T5; default: T5-base")
-    parser.add_argument("--tasks", type=int, default=8, choices=range(1, 1000), metavar="M",
+    parser.add_argument("--tasks", type=int, default=8, metavar="M",
                         help="number of tasks; default: 8")
     args = parser.parse_args()
+    if args.tasks < 1:
+        parser.error(f"--tasks: found {args.tasks}, expected at least 1")
     try:
         path = Path(args.model, "config.json")
         t5_config = T5Config.from_file(path) if args.model else T5Config()
@@ -504,10 +511,10 @@ def main():
                 model = HyperPELT(T5(t5_config), tasks, HyperPELTConfig(method, sharing=sharing))
             trained = count(model.trained().values())
             label = method if sharing == "default" else f"{method}, {sharing}"
-            print(f"{label:20}{trained:>13,}{1 + trained / total:>10.4f}x"
+            print(f"{label:20}{trained:>13,}{count(model.parameters()) / total:>10.4f}x"
                   f"{trained / args.tasks / total:>11.3%}{deployed(model):>14,}")
-    print("\ntotal: backbone and trained, relative to the backbone; per task: trained / tasks,"
-          "\nrelative to the backbone; deployed: what is left when the weights are generated.")
+    print("\ntotal: the T5 and what the method adds, relative to the T5; per task: trained / tasks,"
+          "\nrelative to the T5; deployed: what is left when the weights are generated.")
 
 
 if __name__ == "__main__":

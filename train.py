@@ -456,6 +456,9 @@ def draw_target(example, rng):
 def start_processes():
     """All processes compute the same, except for their part of a batch. The first one prints."""
     if WORLD_SIZE > 1:
+        # Were it imported later, its functions would keep the group of processes alive until the
+        # end of the program, where a thread of the group can crash.
+        import torch.distributed.nn
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
