@@ -43,10 +43,10 @@ from data import UserError, reading, run, write_file
 from t5 import find_checkpoint, load_weights, read_weights
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS)
+CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS)
 
-# Names of tensors that the features do not need: those outside the encoder, and in it, those of
-# what comes after the features.
+# The beginnings of tensor names that the features do not need: every other beginning than the
+# encoder's two, and in the encoder, what comes after the features.
 UNUSED = re.compile(
     r"(?!vision_model\.|visual\.)"
     r"|vision_model\.(post_layernorm\.|embeddings\.position_ids)"
@@ -57,7 +57,8 @@ UNUSED = re.compile(
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
 
-# The number in the name of a COCO image, such as COCO_train2014_000000000009.jpg, is its id.
+# COCO's ids are the numbers in the names of its images. This is what stands before the id in
+# COCO_train2014_000000000009 or 000000000009: the set, and zeros.
 COCO_NAME = r"^(COCO_\w+_)?(?=\d{12}$)0*(?=\d)"
 
 
@@ -98,12 +99,12 @@ class Layer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's vision transformer. Its tensors are named as in public files, after `prefix`.
+    """CLIP's vision transformer. Its tensors are named as in public files, after `name_prefix`.
 
     The arguments are the keys of config.json. What that file leaves out is as in ViT-B/32.
     """
 
-    prefix = "vision_model."
+    name_prefix = "vision_model."
 
     def __init__(
         self,
@@ -208,9 +209,9 @@ class Bottleneck(ThreeConvolutions):
 
 
 class ModifiedResNet(ThreeConvolutions):
-    """CLIP's ResNet. Its tensors are named as in public files, after `prefix`."""
+    """CLIP's ResNet. Its tensors are named as in public files, after `name_prefix`."""
 
-    prefix = "visual."
+    name_prefix = "visual."
     stride = 32
 
     def __init__(self, channels, blocks, grid):
@@ -250,8 +251,9 @@ def load_encoder(name_or_folder):
     UserError, which names the file and the tensor or the value.
     """
     with reading(name_or_folder):
-        # A repository may hold weights of timm, in other names, beside those of open_clip.
-        for weights in (WEIGHTS, OPEN_CLIP_WEIGHTS):
+        # A repository may hold weights of timm, in other names, beside those of open_clip. So
+        # where the first kind is not CLIP's, try open_clip's file.
+        for weights in (CLIP_WEIGHTS, OPEN_CLIP_WEIGHTS):
             configs = ("config.json", "preprocessor_config.json")
             folder = find_checkpoint(name_or_folder, (), configs, weights)
             path, tensors = read_weights(folder, weights)
@@ -267,7 +269,7 @@ def load_encoder(name_or_folder):
             else:
                 encoder = ModifiedResNet(*resnet_sizes(tensors))
 
-        load_weights(encoder, tensors, path, lambda name: encoder.prefix + name, UNUSED.match)
+        load_weights(encoder, tensors, path, lambda name: encoder.name_prefix + name, UNUSED.match)
     return encoder.requires_grad_(False).eval(), path
 
 
@@ -284,7 +286,8 @@ def resnet_sizes(tensors):
 def read_preprocessing(folder, trained_size, size, squash):
     """Return a dict of what happens to each image, by preprocessor_config.json if there is one.
 
-    Raises UserError for a key that asks for anything else, such as no centre crop without `squash`.
+    Its sizes are not read: they follow from the weights or --size. Raises UserError for a step that
+    the file leaves out or does in another way, such as no centre crop without `squash`.
     """
     path = folder / "preprocessor_config.json"
     config = read_json(path) if path.exists() else {}
@@ -421,8 +424,8 @@ def open_part(path, about):
     path.parent.mkdir(parents=True, exist_ok=True)
     about_path = path.with_suffix(".json")
     saved = read_json(about_path) if about_path.exists() else about
-    # Only the progress may differ.
-    if saved | {"done": 0, "skipped": []} != about:
+    at_start = saved | {"done": 0, "skipped": []}
+    if at_start != about:
         raise UserError(f"{about_path}: has other settings, weights or images; remove it")
     shape = (len(about["ids"]), math.prod(about["grid"]), about["width"])
     mode = "r+" if saved["done"] else "w+"
@@ -480,9 +483,10 @@ def extract(args, encoder, loader, array, about):
             first = about["ids"][about["done"]]
             raise UserError(f"images from {first} on: a feature is not finite")
 
-        # A write to a full disk is an error that can be reported; a memory map would crash.
-        # The rows are on the disk before their number is. They start behind the file's header.
+        # The rows are on the disk before their number is, so that a run that is killed here
+        # computes them again. Unlike a memory map, a write to a full disk can be reported.
         with open(array.filename, "r+b") as file:
+            # The rows start behind the file's header.
             file.seek(array.offset + array[:about["done"]].nbytes)
             file.write(features.tobytes())
             file.flush()

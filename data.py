@@ -4,9 +4,9 @@
     score(TASKS["rte"], outputs, splits["validation"])       # {"accuracy": 0.71}
 
 Text formats are T5's own (Raffel et al. 2020, appendix D), because public T5 checkpoints have
-seen them. This module knows numbers and text only: no model and no image. From top to bottom:
-tasks and examples, errors, file formats, readers, the table of tasks, splits, text formats,
-metrics, predictions, downloads, the end of a program.
+seen them. This module knows no model and no pixel. From top to bottom: tasks and examples, errors,
+file formats, readers, the table of tasks, splits, text formats, metrics, predictions, files and
+downloads, the end of a program.
 Marks: [P] printed in the paper, [X] borrowed from earlier work's code, [R] reconstructed,
 [C] our choice.
 """
@@ -43,7 +43,7 @@ def pairs(text):
 class Task:
     """A data set: where its files are, and how they become text.
 
-    A dict is given as a string in the notation of pairs(), which becomes the dict.
+    The fields of type dict are given as strings in the notation of pairs().
     """
 
     # The first word of every source text.
@@ -121,7 +121,8 @@ class UserError(Exception):
     """A mistake that the user can mend: one line with the place, what was found and expected."""
 
 
-# What Python, PyTorch and safetensors raise for content that they cannot read.
+# What Python, PyTorch and safetensors raise for content that they cannot read. Damaged bytes can
+# lead a parser anywhere, so the list is long; where one of them is a bug, its text is shown.
 DAMAGED = (ValueError, TypeError, AttributeError, RuntimeError, EOFError, IndexError,
            zipfile.BadZipFile, UnpicklingError, SafetensorError, TokenError)
 
@@ -150,7 +151,8 @@ def reading(place):
 
 # ---- file formats --------------------------------------------------------------------------------
 # A format is a function (path, where) that yields the rows of a file as {column: cell}. `where` is
-# what `reading` yields. "index", "image", "split" and "kind" of a row are its example's.
+# what `reading` yields: a format keeps its `place` at the row that it reads. A row may have four
+# entries that are no column of the file, "index", "image", "split" and "kind" (see make_example).
 
 
 def read_lines(path, where, encoding="utf-8"):
@@ -222,7 +224,7 @@ def read_json(path, where, part=None):
     """Yield (key, entry) of a JSON object of up to a gigabyte, piece by piece.
 
     The entries are the elements of the list whose key is `part`. Where that is None, every value is
-    an entry, and of a list every element.
+    an entry, and of a list every element: {"a": [1, 2], "b": 3} yields a 1, a 2, b 3.
     """
     where.place = path
     decode = json.JSONDecoder().raw_decode
@@ -321,7 +323,8 @@ def read_task(task, folder, protocol):
     if karpathy and task.name == "caption":
         return read_files(task, {"train": karpathy}, read_karpathy)
     if task.name == "mrpc" and not (folder / "train.tsv").exists():
-        # The validation set is the one that can lack examples, if GLUE's list is a wrong one.
+        # All rows name their split. Named here is the one that would be empty if GLUE's list of
+        # ids were another file's.
         return read_files(task, {"validation": folder / MRPC_SOURCE}, split_mrpc)
 
     paths = {split: folder / name for split, name in task.files.items()}
@@ -344,7 +347,10 @@ def split_by_image(splits, path):
 
 
 def read_files(task, paths, read_rows, labelled=True):
-    """Read {split: path}. Return {split: [Example]}; raise UserError."""
+    """Read {split: path}. A row that names a split goes there. Return {split: [Example]}.
+
+    Raises UserError, also for a named split with fewer than 2 examples.
+    """
     splits = {}
     for name, path in paths.items():
         with reading(path) as where:
@@ -357,7 +363,10 @@ def read_files(task, paths, read_rows, labelled=True):
 
 
 def make_example(task, row, number, labelled):
-    """Turn a row into an example. Raises ValueError for a wrong label or score."""
+    """Turn a row into an example. Its entries "index", "image" and "kind" are copied.
+
+    Raises ValueError for a wrong label or score.
+    """
     parts = source_parts(task, [row[column] for column in task.fields.values()])
     index = row.get("index", str(number))
     gold, target, targets = read_label(task, row[task.column]) if labelled else (None, "", ())
@@ -600,7 +609,7 @@ def read_submission(task, data_dir):
 
 def sample_examples(examples, count, seed):
     """Draw examples, in their order. A smaller sample is part of a larger one."""
-    # The second number keeps the draw apart from those of train.py.
+    # The second number only keeps the draw apart from those of train.py.
     order = np.random.default_rng([seed, 2**21]).permutation(len(examples))
     return [examples[number] for number in sorted(order[:count])]
 
@@ -850,7 +859,8 @@ def score(task, outputs, examples):
         return metrics
 
     if task.labels:
-        # A wrong output, also one that is no label, counts as the opposite of two classes.
+        # A wrong output, also one that is no label, counts as the opposite of two classes. Of
+        # three and more, only right or wrong matters, and 1 - gold is never gold.
         words = task.label_words()
         gold = np.array([words.index(example.target) for example in examples])
         predicted = np.where(right, gold, 1 - gold)

@@ -79,7 +79,7 @@ class T5Config:
 
     @classmethod
     def from_file(cls, path):
-        """Read a public config.json. If it lacks a size, the default will not fit the weights."""
+        """Read a public config.json. What it lacks is as in T5-base. Raises ValueError."""
         found = read_json(path)
         config = cls(**{key: found[key] for key in found.keys() & cls.__annotations__})
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
@@ -105,6 +105,7 @@ class Tokenizer:
             raise ValueError(f"{path}: not a SentencePiece model") from None
         if self.names[:3] != ["<pad>", "</s>", "<unk>"]:
             raise ValueError(f"{path}: ids 0 to 2 are {self.names[:3]}, not <pad>, </s>, <unk>")
+        # With the space that separates it from the text before.
         self.names += [f" <extra_id_{i}>" for i in reversed(range(100))]
         # The id of <extra_id_0>.
         self.largest_id = len(self.names) - 1
@@ -192,14 +193,14 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, S, K]
 
     def keys_values(self, source, sites, cache):
-        earlier = cache and cache.get(self.site)
+        earlier = cache.get(self.site) if cache else None
         if earlier and self.site[0] == DECODER_CROSS:
             return earlier
 
         k = self.split(self.k(source))
         v = self.split(self.v(source))
         if earlier:
-            # The prefix stands in front of the earlier ones already.
+            # The cached keys and values begin with the prefix already.
             k = torch.cat([earlier[0], k], 2)
             v = torch.cat([earlier[1], v], 2)
         elif self.site in sites:
@@ -216,8 +217,9 @@ class Attention(nn.Module):
         q = self.split(self.q(u))  # [B, H, T, K]
         k, v = self.keys_values(source, sites, cache)
 
-        # T5 does not divide the scores by sqrt(K). Written out, attention is faster on a CPU.
+        # T5 does not divide the scores by sqrt(K), so the scale is 1.
         if u.device.type == "cpu":
+            # Written out, attention is faster here.
             scores = q @ k.transpose(2, 3) + mask  # [B, H, T, N+S]
             y = self.dropout(scores.softmax(-1)) @ v
         else:
@@ -283,8 +285,8 @@ class Block(nn.Module):
 def relative_bucket(distance, is_decoder, config):
     """Key position minus query position -> number of the bucket, both [T, S].
 
-    Half of the buckets hold one distance each, the others grow logarithmically. The encoder keeps
-    the upper half of all buckets for keys after the query, which the decoder masks.
+    The encoder keeps the upper half of all buckets for keys after the query, which the decoder
+    masks. Half of the remaining buckets hold one distance each, the others grow logarithmically.
     """
     buckets = config.relative_attention_num_buckets
     first = 0
@@ -329,17 +331,17 @@ class Stack(nn.Module):
         """
         sites = sites or {}
         self_site = self.blocks[0].self_attention.site
-        prefix = getattr(sites.get(self_site), "length", 0)
-        memory_prefix = getattr(sites.get((DECODER_CROSS, 0)), "length", 0)
-        past = cache[self_site][0].size(2) - prefix if cache else 0
+        prefix_length = getattr(sites.get(self_site), "length", 0)
+        memory_prefix_length = getattr(sites.get((DECODER_CROSS, 0)), "length", 0)
+        past = cache[self_site][0].size(2) - prefix_length if cache else 0
 
         # One mask serves all layers. A prefix has no position bias and is never masked.
         mask = self.position_bias(x.size(1), past).to(x.dtype)  # [1, H, T, past+T]
         padding = (1 - attention_mask.to(x.dtype))[:, None, None] * MASKED  # [B, 1, 1, S]
         if not self.is_decoder:
             mask = mask + padding
-        mask = F.pad(mask, (prefix, 0))  # [1 or B, H, T, N+past+T]
-        padding = F.pad(padding, (memory_prefix, 0))  # [B, 1, 1, N+S]
+        mask = F.pad(mask, (prefix_length, 0))  # [1 or B, H, T, N+past+T]
+        padding = F.pad(padding, (memory_prefix_length, 0))  # [B, 1, 1, N+S]
 
         x = self.dropout(x)
         for block in self.blocks:
@@ -403,7 +405,7 @@ class T5(nn.Module):
             return self.beam_search(input_ids, memory, attention_mask, max_new_tokens, num_beams,
                                     sites)
 
-        # Without scores and candidates, one beam is a tenth faster.
+        # One beam needs no scores and no candidates, which makes it a tenth faster.
         cache = {}
         output = []
         token = torch.full_like(input_ids[:, :1], PAD)
@@ -430,9 +432,10 @@ class T5(nn.Module):
         for length in range(1, max_new_tokens + 1):
             newest = ids[:, :, length - 1].reshape(-1, 1)  # [B * beams, 1]
             logits = self.decode(newest, memory, attention_mask, sites, cache)
-            total = score[:, :, None] + logits.float().log_softmax(-1).view(*score.shape, -1)
+            log_p = logits.float().log_softmax(-1).view(*score.shape, -1)
+            total = score[:, :, None] + log_p  # [B, beams, vocabulary]
             # Take twice as many candidates as beams, because half of them may end here.
-            best, index = total.flatten(1).topk(2 * num_beams)
+            best, index = total.flatten(1).topk(2 * num_beams)  # [B, 2 * beams]
             parent = index // total.size(2)
             candidate = ids[rows, parent]  # [B, 2 * beams, 1+max]
             candidate[:, :, length] = index % total.size(2)
@@ -440,14 +443,15 @@ class T5(nn.Module):
             # Of the best num_beams candidates, those that ended compete with the finished ones.
             end_score = (best / length).masked_fill(~ended | settled, MASKED)[:, :num_beams]
             finished_score, kept = torch.cat([finished_score, end_score], 1).topk(num_beams)
-            finished = torch.cat([finished, candidate], 1)[rows, kept]
+            finished = torch.cat([finished, candidate], 1)[rows, kept]  # [B, beams, 1+max]
 
-            score, kept = best.masked_fill(ended, MASKED).topk(num_beams)
+            # The others go on as the new beams.
+            score, running = best.masked_fill(ended, MASKED).topk(num_beams)
             settled |= score[:, :1] / length <= finished_score[:, -1:]
             if settled.all():
                 break
-            ids = candidate[rows, kept]
-            order = (rows * total.size(1) + parent)[rows, kept].flatten()
+            ids = candidate[rows, running]
+            order = (rows * total.size(1) + parent)[rows, running].flatten()  # [B * beams]
             attention_mask = attention_mask[order]
             # Each beam goes on with the keys and values of its parent. Those of the memory are the
             # same for all beams of an example: they are only repeated, after the first step.
@@ -608,7 +612,8 @@ def find_checkpoint(name_or_folder, files=("config.json", "spiece.model"), optio
     for file in weights:
         if download(base, folder / file):
             for path in weight_files(folder, [file]):
-                download(base, path)
+                if not download(base, path):
+                    raise FileNotFoundError(f"{base}/{path.name}: no such file, expected by {file}")
             return folder
     raise FileNotFoundError(f"{base}: found no weights, expected one of {', '.join(weights)}")
 

@@ -66,7 +66,8 @@ EXAMPLES = """examples:
   python train.py --table runs/rte-hyperpelt runs/rte-prefix
   torchrun --nproc_per_node=2 -- train.py --task glue         one process per GPU
 """
-# These options say what to do and where things lie. A run is the same run with other values.
+# A run is the same run with other values of these options. The first say what to do, and are not
+# saved. The others say where things lie, and are saved as defaults.
 COMMANDS = ("run", "download", "resume", "eval_only", "predict", "ask", "export", "table",
             "num_seeds")
 PATHS = ("model", "data_dir", "features")
@@ -128,13 +129,13 @@ def make_parser():
     # The paper's numbers are reconstructed: 2^18 steps of 128 at a constant 1e-3. These are ours,
     # for one task on a small machine.
     add = functools.partial(add_option, parser.add_argument_group("training"))
-    add("--epochs", 6.0, "as many steps as so many passes over all tasks")
+    add("--epochs", 6.0, "passes over the data of all tasks")
     add("--max-steps", 0, "if not 0, overrides --epochs")
     add("--batch-size", 32, "examples per step, of all processes")
     add("--lr", 2e-3, "learning rate of AdamW")
     add("--schedule", ("linear", "constant"), "after the warm-up")
-    add("--warmup-steps", 10, "the rate rises in them")
-    add("--label-smoothing", 0.0, "share of the probability")
+    add("--warmup-steps", 10, "steps in which the rate rises")
+    add("--label-smoothing", 0.0, "probability that is spread over all tokens")
     add("--task-temperature", 2.0, "T: the task of a batch is drawn with p ~ examples^(1/T)")
     add("--eval-every", 0, "in steps; 0: every epoch")
     add("--dtype", fast_dtypes(), "of frozen weights")
@@ -173,6 +174,7 @@ def read_settings(arguments):
     exists = Path(folder, "config.json").exists()
     uses_run = args.eval_only or args.predict or args.ask or args.export
     if (uses_run and not args.num_seeds) or (exists and args.resume):
+        # Parse again: what the command line does not say is as the run had it.
         parser.set_defaults(**read_record(folder)["settings"])
         args = parser.parse_args(arguments)
     elif exists and not args.table:
@@ -263,8 +265,6 @@ def load_run(args):
         splits = load_splits(args, tasks)
         images, image_encoder, hashes["image features"] = open_features(args, splits)
         hashes["examples"] = short_hash(repr(example).encode() for example in all_examples(splits))
-    if args.vision == "shuffled":
-        images = shuffle_images(images, args.seed)
 
     # The model. All processes start from the same weights.
     torch.manual_seed(args.seed)
@@ -330,14 +330,16 @@ def open_features(args, splits, image_encoder=None):
     if missing := sorted(wanted - images.keys()):
         raise UserError(f"{args.features}: {len(missing)} images have no features,"
                         f" such as {', '.join(map(':'.join, missing[:5]))}")
+    if args.vision == "shuffled":
+        images = shuffle_images(images, args.seed)
     return images, image_encoder, short_hash(hashed)
 
 
 def shuffle_images(images, seed):
-    """Give every image the features of a random one. What is answered then needs no image."""
-    places = list(images.values())
-    order = np.random.default_rng(seed).permutation(len(places))
-    return {image: places[i] for image, i in zip(images, order, strict=True)}
+    """Give every image the features of another one. What is answered then needs no image."""
+    names = list(images)
+    order = np.random.default_rng(seed).permutation(len(names))
+    return {names[i]: images[names[j]] for i, j in zip(order, np.roll(order, 1), strict=True)}
 
 
 def short_hash(chunks):
@@ -433,11 +435,11 @@ class Batches:
         rng = np.random.default_rng([self.args.seed, 2 ** 20, step])
         targets = [draw_target(example, rng) for example in examples]
 
-        # Each process takes its part. One without examples computes any with share 0, so that it
-        # joins the sum of the gradients.
+        # Each process takes its part.
         lengths = [len(self.run.encode(target)) for target in targets]
         mine = slice(RANK, None, WORLD_SIZE)
         share = sum(lengths[mine]) / sum(lengths)
+        # One without examples computes any with share 0, to join the sum of the gradients.
         input_ids, features = make_inputs(self.run, examples[mine] or examples[:1])
         labels = make_labels(self.run, targets[mine] or targets[:1])
         return Batch(self.names[task], input_ids, labels, features, share)
@@ -591,7 +593,7 @@ def start_from(run):
         tensors = safetensors.torch.load_file(folder / "best.safetensors")
         renamed = {}
         for name in run.model.trained():
-            # The parameters of a task have its name in theirs.
+            # A task's parameters have its name in theirs: task.cb comes from task.mnli.
             parts = [sources.get(part, part) for part in name.split(".")]
             renamed[name] = tensors[".".join(parts)]
         load_trained(run.model, renamed)
@@ -609,7 +611,7 @@ def learning_rate(args, step, steps):
 
 
 def train(run):
-    """Save and evaluate when it is due, and take one step."""
+    """The loop: save and evaluate where it is due, then take a step, until the last one."""
     args, model = run.args, run.model
     batches = Batches(run)
     eval_every = args.eval_every or int(batches.per_epoch.sum())
@@ -646,9 +648,11 @@ def train(run):
         batch = next_batch.result()
         next_batch = pool.submit(batches, step + 1)
         model.train()
+        # Dropout, too, is a function of seed and step (and process).
         torch.manual_seed((args.seed << 32) + step * WORLD_SIZE + RANK)
+        lr = learning_rate(args, step, batches.steps)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(args, step, batches.steps)
+            group["lr"] = lr
         _, loss = model(batch.input_ids, None, batch.labels, batch.task, args.label_smoothing,
                         batch.features)
         # The sum over the processes is the mean over the tokens of the whole batch.
@@ -665,7 +669,7 @@ def train(run):
             # To read a number is to wait for the device.
             check_finite(run, progress["step"], norm)
             row = {"step": progress["step"], "task": batch.task, "loss": sum(gather(loss.item())),
-                   "lr": group["lr"], "seconds": time.perf_counter() - run.started}
+                   "lr": lr, "seconds": time.perf_counter() - run.started}
             progress["log"].append(row)
             bar.set_postfix(loss=row["loss"], best=progress["best"])
     bar.close()

@@ -191,7 +191,7 @@ def plain_resnet(tensors, pixels, blocks):
     return maps
 
 
-@pytest.mark.parametrize("file", clip_features.WEIGHTS)
+@pytest.mark.parametrize("file", clip_features.CLIP_WEIGHTS)
 @pytest.mark.parametrize("shape", [(8, (2, 1, 3, 1), 2), (12, (1, 2, 1, 2), 3)])
 def test_every_map_of_the_resnet_equals_a_second_implementation(file, shape, tmp_path):
     tensors = random_resnet(*shape)
