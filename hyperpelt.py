@@ -12,8 +12,9 @@ These are our own. Each says what we know of it: [P] printed in the paper, [D] d
 
 The task side. A site is a layer i and a block type j (an attention or an FFN of that layer). It
 receives generated weights:
-    (1)  I = ReLU([z ; l_i ; b_j] W1 + c1) W2 + c2         hyper-embedding of task z at a site
-         [P: made from z, l, b; R: this form, the same for each of N positions]
+    (1)  I = norm(ReLU([z ; l_i ; b_j] W1 + c1) W2 + c2)   hyper-embedding of task z at a site
+         [P: made from z, l, b; R: this form, the same for each of N positions; X (HyperFormer):
+         the layer norm, which can be left out]
     (2)  P_k = I W_k + c_k,  P_v = I W_v + c_v             prefix hypernetwork h_P
          [P; R: row by row]
     (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]           an attention with its prefix
@@ -66,8 +67,8 @@ METHODS = {
     "hyperpelt": (True, True, "hypernetworks"),
     "hyperprefix": (True, False, "hypernetworks"),
     "hyperadapter": (False, True, "hypernetworks"),
-    # Adapters only, by one vector I per site, with a layer norm: HyperFormer++'s idea at our sites.
-    # HyperPELT sets per_position and hyper_norm for it.
+    # Adapters only, by one vector I per site: HyperFormer++'s idea at our sites. HyperPELT sets
+    # per_position and hyper_norm for it.
     "hypervector": (False, True, "hypernetworks"),
     # Baselines. The paper trained prefix-tuning and MAM with one set of weights for all tasks [P].
     "prefix": (True, False, "shared"),
@@ -97,7 +98,8 @@ class HyperPELTConfig:
     bottleneck: int = 24            # r [R]
     reparam_dim: int = 512          # hidden width of eq. (11) [X]
     per_position: bool = True       # embeddings have N rows [R]; False: one row [X: HyperFormer]
-    hyper_norm: bool = False        # layer norm on I [X: HyperFormer has it; C: off]
+    # Layer norm on I [X: HyperFormer]. Without it, I grew ninefold in the first 20 steps [C: on].
+    hyper_norm: bool = True
     prefix_blocks: tuple = ATTENTION_BLOCKS     # which attentions receive a prefix [X: MAM]
     # lambda and lambda_v at the start, each one number for all sites [C]. A step of Adam moves a
     # generated weight far, so that training was less steady with 1 [X: MAM].

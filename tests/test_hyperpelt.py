@@ -94,7 +94,7 @@ def generated(p, side, z, site):
 
 # ---- the equations at the sites ------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [{}, VECTOR, dict(hyper_norm=True), dict(method="hypervector")])
+@pytest.mark.parametrize("changes", [{}, VECTOR, dict(hyper_norm=False), dict(method="hypervector")])
 def test_generated_weights_equal_the_equations(changes):
     model = make_model(**changes, **IMAGES)
     p, z, features = to_numpy(model), to_numpy(model)["task.stsb"][None], FEATURES / 30
@@ -335,7 +335,8 @@ def test_positions_are_alike_and_blocks_are_told_apart_by_b_alone():
 
 # T5-base with 8 tasks, by hand: N 49, d_t 768, d_I 64, Q 128, r 24; 36 attentions and 24 FFNs.
 NORMS = 62 * 768
-HYPER = NORMS + (8 + 24 + 5) * 37_632 + (3 * 768 * 128 + 128) + (128 * 64 + 64)
+# z, l, b; the projector; the layer norm on I.
+HYPER = NORMS + (8 + 24 + 5) * 37_632 + (3 * 768 * 128 + 128) + (128 * 64 + 64) + 2 * 64
 KEY_HEADS = 2 * 65 * 768
 ADAPTER = 2 * 24 * 768 + 24 + 768
 ADAPTER_HEADS = 65 * ADAPTER + 1
@@ -345,13 +346,13 @@ DEPLOYED = 36 * 2 * 49 * 768 + 24 * (ADAPTER + 1)
 
 @pytest.mark.parametrize("method, changes, by_hand, ratio", [
     ("hyperprefix", {}, HYPER + KEY_HEADS, "1.0083"),
-    ("hyperpelt", {}, HYPER + KEY_HEADS + ADAPTER_HEADS, "1.0192"),
-    ("hyperpelt", VECTOR, 7_719_129, "1.0346"), ("prefix", {}, PREFIX, "1.1333"),
+    ("hyperpelt", {}, HYPER + KEY_HEADS + ADAPTER_HEADS, "1.0193"),
+    ("hyperpelt", VECTOR, 7_719_257, "1.0346"), ("prefix", {}, PREFIX, "1.1333"),
     ("mam", {}, PREFIX + 24 * ADAPTER + 1, "1.1373"),
     ("prefix", dict(sharing="per-task"), PREFIX + 7 * 3 * 49 * 768, "1.1368"),
     ("adapter", {}, NORMS + 8 * 903_744 + 1, "1.0326"),
     ("hyperadapter", {}, HYPER + ADAPTER_HEADS, "1.0188"),
-    ("hypervector", {}, HYPER - 48 * 37 * 768 + 2 * 64 + ADAPTER_HEADS, "1.0127"),
+    ("hypervector", {}, HYPER - 48 * 37 * 768 + ADAPTER_HEADS, "1.0127"),
 ])
 def test_sizes_on_t5_base(method, changes, by_hand, ratio):
     with torch.device("meta"):
@@ -363,7 +364,7 @@ def test_sizes_on_t5_base(method, changes, by_hand, ratio):
 def test_the_command_prints_the_sizes_and_an_unknown_model_is_one_line():
     process = run_cli("hyperpelt.py", "--tasks", 3)
     lines = [line.split() for line in process.stdout.splitlines()]
-    assert ["hyperpelt", "4,102,617", "1.0182x", "0.614%", f"{NORMS + 3 * DEPLOYED:,}"] in lines
+    assert ["hyperpelt", "4,102,745", "1.0182x", "0.614%", f"{NORMS + 3 * DEPLOYED:,}"] in lines
     assert ["mam,", "shared", "30,612,289", "1.1371x", "4.578%", f"{NORMS + DEPLOYED:,}"] in lines
     assert process.returncode == 0
     process = run_cli("hyperpelt.py", "--model", "t5-bas")

@@ -414,6 +414,18 @@ def test_the_learning_rate():
     assert train.learning_rate(args, 11, 12) == 8
 
 
+def test_the_layer_norms_have_a_rate_of_their_own(folder, tmp_path):
+    """The first step of Adam moves each number by its learning rate, whatever the gradient is."""
+    one_step = ["--max-steps", 1, "--eval-every", 1, "--norm-rate", 3]
+    for lr in (0, 0.01):
+        call(*command(folder, "rte", tmp_path / str(lr), *one_step, "--lr", lr))
+    before, after = (load_file(tmp_path / lr / "best.safetensors") for lr in ("0", "0.01"))
+    for name, tensor in after.items():
+        if name.startswith("t5.") or "to_value" in name:
+            moved = (tensor - before[name]).abs().max().item()
+            assert moved == pytest.approx(0.03 if name.startswith("t5.") else 0.01, rel=1e-2)
+
+
 def test_the_best_checkpoint_has_the_best_mean_over_all_metrics(folder, tmp_path, monkeypatch):
     """The mean over tasks would choose the first one. Of equal means, the earlier one counts."""
     values = iter([0.9, 0.1, 0.5, 0.4, 0.5, 0.4])
