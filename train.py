@@ -611,8 +611,8 @@ def learning_rate(args, step, steps):
     return args.lr * (steps - step) / max(1, steps - args.warmup_steps)
 
 
-def parameter_groups(model, norm_rate):
-    """What AdamW trains, with a learning rate of its own for the T5's layer norms [C].
+def make_optimiser(model, args):
+    """AdamW, with a learning rate of its own for the T5's layer norms [C].
 
     A step moves them by lr, but a generated weight by up to lr times the sum of |I|, about 50 lr.
     """
@@ -620,7 +620,8 @@ def parameter_groups(model, norm_rate):
     for name, parameter in model.trained().items():
         is_norm = name.startswith("t5.") and "norm" in name
         (norms if is_norm else others).append(parameter)
-    return [{"params": norms, "rate": norm_rate}, {"params": others, "rate": 1.0}]
+    groups = [{"params": norms, "rate": args.norm_rate}, {"params": others, "rate": 1.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
 
 
 def train(run):
@@ -629,8 +630,7 @@ def train(run):
     batches = Batches(run)
     eval_every = args.eval_every or int(batches.per_epoch.sum())
     trained = list(model.trained().values())
-    groups = parameter_groups(model, args.norm_rate)
-    optimiser = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
+    optimiser = make_optimiser(model, args)
     progress = {"step": 0, "best": -math.inf, "log": []}
     if (run.folder / "last.pt").exists():
         progress = load_last(run, optimiser)

@@ -94,7 +94,9 @@ def generated(p, side, z, site):
 
 # ---- the equations at the sites ------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [{}, VECTOR, dict(hyper_norm=False), dict(method="hypervector")])
+@pytest.mark.parametrize("changes", [
+    {}, VECTOR, dict(hyper_norm=False), dict(method="hypervector"),
+])
 def test_generated_weights_equal_the_equations(changes):
     model = make_model(**changes, **IMAGES)
     p, z, features = to_numpy(model), to_numpy(model)["task.stsb"][None], FEATURES / 30
