@@ -42,9 +42,9 @@ All equations are written for rows: one row is one position or token. In (1), [a
 features of one position. In (3) and (9), it puts positions one after the other.
 
 Shapes: B batch, S source or target length, N prefix length, D d_model, H heads, K d_kv,
-r bottleneck, L layers (l counts those of both stacks), V visual width, Z width of an embedding,
-Q width of the projector's hidden layer, E width of a hyper-embedding. The weights of a task have
-B = 1, because all examples share them; those of images have one entry per example.
+r bottleneck, L layers (l counts those of both stacks), V visual width, Z width d_t of an embedding,
+Q width of the projector's hidden layer, E width d_I of a hyper-embedding. The weights of a task
+have B = 1, because all examples share them; those of images have one entry per example.
 """
 import argparse
 import math
@@ -98,7 +98,8 @@ class HyperPELTConfig:
     bottleneck: int = 24            # r [R]
     reparam_dim: int = 512          # hidden width of eq. (11) [X]
     per_position: bool = True       # embeddings have N rows [R]; False: one row [X: HyperFormer]
-    # Layer norm on I [X: HyperFormer]. Without it, I grew ninefold in the first 20 steps [C: on].
+    # Layer norm on I [X: HyperFormer; C: on]. Without it, I grew ninefold in the first 20 steps of
+    # a run (sample/RESULTS.md).
     hyper_norm: bool = True
     prefix_blocks: tuple = ATTENTION_BLOCKS     # which attentions receive a prefix [X: MAM]
     # lambda and lambda_v at the start, each one number for all sites [C]. A step of Adam moves a
