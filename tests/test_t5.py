@@ -406,6 +406,8 @@ def test_downloads_that_fail(hub, monkeypatch):
     assert not list(hub.parent.glob("home/**/model*"))
     (hub / "model.safetensors").unlink()
     refused(FileNotFoundError, "org/tiny", "org/tiny/resolve/main: found no weights")
+    (hub / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
+    refused(FileNotFoundError, "org/tiny", "/a.safetensors: no such file, expected by model.safe")
     refused(FileNotFoundError, "org/missing", "org/missing/resolve/main/config.json")
     refused(FileNotFoundError, "t5-small", "google-t5/t5-small/resolve/main/config.json")
     refused(FileNotFoundError, "flan-small", "'flan-small': no such folder.*google/flan-t5-small")
