@@ -34,6 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
+from torch.utils.checkpoint import checkpoint
 
 ENCODER_SELF = "encoder self-attention"
 ENCODER_FFN = "encoder FFN"
@@ -313,6 +314,9 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, is_decoder, layer) for layer in range(layers))
         self.norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
+        # Training then keeps only the inputs of the blocks and computes the rest of their
+        # activations again in the backward pass.
+        self.recompute = False
 
     def position_bias(self, length, past):
         """The bias, and in the decoder causality, of `length` tokens after `past` cached ones."""
@@ -345,7 +349,11 @@ class Stack(nn.Module):
 
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, mask, memory, padding, sites, cache)
+            inputs = (x, mask, memory, padding, sites, cache)
+            if self.recompute and self.training:
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
         return self.dropout(self.norm(x))
 
 

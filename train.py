@@ -115,6 +115,7 @@ def make_parser():
     add("--download", False, "fetch official files into --data-dir")
     add("--protocol", ("paper", "official"), "splits as in the paper, or the official files")
     add("--max-train-examples", 0, "per task; 0: all")
+    add("--max-eval-examples", 0, "per task and split; 0: all")
     add("--max-source-length", 128, "in tokens")
 
     group = parser.add_argument_group("method")
@@ -132,6 +133,8 @@ def make_parser():
     add("--epochs", 6.0, "passes over the data of all tasks")
     add("--max-steps", 0, "if not 0, overrides --epochs")
     add("--batch-size", 32, "examples per step, of all processes")
+    add("--accumulate", 1, "parts of a process's examples, computed one after the other")
+    add("--recompute", False, "activations in the backward pass, which needs less memory")
     add("--lr", 1e-3, "learning rate of AdamW")
     add("--norm-rate", 3.0, "the T5's layer norms learn so many times as fast")
     add("--schedule", ("linear", "constant"), "after the warm-up")
@@ -181,9 +184,10 @@ def read_settings(arguments):
     elif exists and not args.table:
         raise UserError(f"{folder}: holds a run already; --resume goes on, --run names another")
     args.run = folder
-    if min(args.batch_size, args.max_source_length, args.epochs, args.task_temperature) <= 0:
-        raise UserError("--batch-size, --max-source-length, --epochs, --task-temperature:"
-                        " expected numbers above 0")
+    if min(args.batch_size, args.accumulate, args.max_source_length, args.epochs,
+           args.task_temperature) <= 0:
+        raise UserError("--batch-size, --accumulate, --max-source-length, --epochs,"
+                        " --task-temperature: expected numbers above 0")
     return args
 
 
@@ -253,6 +257,7 @@ def load_run(args):
     with reading(args.model):
         tokenizer = Tokenizer.from_pretrained(args.model)
         t5 = T5.from_pretrained(args.model)
+        t5.encoder.recompute = t5.decoder.recompute = args.recompute
     if RANK == 0:
         wait_for_all()
 
@@ -292,9 +297,10 @@ def load_splits(args, tasks):
     splits = {}
     for name, task in tasks.items():
         splits[name] = data.make_splits(task, args.data_dir, args.protocol)
-        if args.max_train_examples:
-            splits[name]["train"] = data.sample_examples(
-                splits[name]["train"], args.max_train_examples, args.seed)
+        for split, examples in splits[name].items():
+            limit = args.max_train_examples if split == "train" else args.max_eval_examples
+            if limit:
+                splits[name][split] = data.sample_examples(examples, limit, args.seed)
     return splits
 
 
@@ -388,16 +394,20 @@ def make_labels(run, texts):
 
 @dataclass
 class Batch:
+    """Examples of one task for one forward pass: a whole batch, or a part of it."""
     task: str
     input_ids: torch.Tensor         # [B, S]
     labels: torch.Tensor            # [B, T]
     features: torch.Tensor          # [B, N, V], or None
-    share: float                    # this process's tokens over those of all processes
+    share: float                    # its target tokens over those of the whole batch
 
 
 class Batches:
     """The batch of every step, a function of seed and step alone. A batch holds one task, drawn
-    with p ~ (number of training examples)^(1/T) (paper: section 3.2; the rule is borrowed)."""
+    with p ~ (number of training examples)^(1/T) (paper: section 3.2; the rule is borrowed).
+
+    It comes in parts: each process takes --accumulate of them, one after the other.
+    """
 
     def __init__(self, run):
         self.run, self.args = run, run.args
@@ -436,14 +446,17 @@ class Batches:
         rng = np.random.default_rng([self.args.seed, 2 ** 20, step])
         targets = [draw_target(example, rng) for example in examples]
 
-        # Each process takes its part.
         lengths = [len(self.run.encode(target)) for target in targets]
-        mine = slice(RANK, None, WORLD_SIZE)
-        share = sum(lengths[mine]) / sum(lengths)
-        # One without examples computes any with share 0, to join the sum of the gradients.
-        input_ids, features = make_inputs(self.run, examples[mine] or examples[:1])
-        labels = make_labels(self.run, targets[mine] or targets[:1])
-        return Batch(self.names[task], input_ids, labels, features, share)
+        count = WORLD_SIZE * self.args.accumulate
+        parts = []
+        for first in range(RANK, count, WORLD_SIZE):
+            mine = slice(first, None, count)
+            share = sum(lengths[mine]) / sum(lengths)
+            # A part without examples computes any with share 0, to join the sum of the gradients.
+            input_ids, features = make_inputs(self.run, examples[mine] or examples[:1])
+            labels = make_labels(self.run, targets[mine] or targets[:1])
+            parts.append(Batch(self.names[task], input_ids, labels, features, share))
+        return parts
 
 
 def draw_target(example, rng):
@@ -659,7 +672,7 @@ def train(run):
             break
 
         # One step: forward, backward, clip, update.
-        batch = next_batch.result()
+        parts = next_batch.result()
         next_batch = pool.submit(batches, step + 1)
         model.train()
         # Dropout, too, is a function of seed and step (and process).
@@ -667,11 +680,14 @@ def train(run):
         lr = learning_rate(args, step, batches.steps)
         for group in optimiser.param_groups:
             group["lr"] = lr * group["rate"]
-        _, loss = model(batch.input_ids, None, batch.labels, batch.task, args.label_smoothing,
-                        batch.features)
-        # The sum over the processes is the mean over the tokens of the whole batch.
-        loss = batch.share * loss
-        loss.backward()
+        total = 0.0
+        for batch in parts:
+            _, loss = model(batch.input_ids, None, batch.labels, batch.task, args.label_smoothing,
+                            batch.features)
+            # The sum over all parts is the mean over the tokens of the whole batch.
+            loss = batch.share * loss
+            loss.backward()
+            total += loss.detach()
         sum_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
         optimiser.step()
@@ -682,7 +698,7 @@ def train(run):
         if progress["step"] % LOG_EVERY == 0:
             # To read a number is to wait for the device.
             check_finite(run, progress["step"], norm)
-            row = {"step": progress["step"], "task": batch.task, "loss": sum(gather(loss.item())),
+            row = {"step": progress["step"], "task": batch.task, "loss": sum(gather(total.item())),
                    "lr": lr, "seconds": time.perf_counter() - run.started}
             progress["log"].append(row)
             bar.set_postfix(loss=row["loss"], best=progress["best"])

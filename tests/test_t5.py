@@ -154,6 +154,25 @@ def test_bfloat16_activations_train_float32_norms(model):
     assert norm(torch.ones(1, 4096, dtype=torch.bfloat16)).unique().tolist() == [1.0]
 
 
+def test_recomputed_activations_are_not_kept(model):
+    """The gradients stay the same to the last bit, because dropout is drawn again alike."""
+    input_ids, mask, _ = make_inputs()
+    encoder = model.encoder.train()
+    sizes, gradients = {}, {}
+    for encoder.recompute in (False, True):
+        sizes[encoder.recompute] = kept = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda t: t):
+            memory, _ = model.encode(input_ids, mask)
+        memory.square().sum().backward()
+        gradients[encoder.recompute] = [p.grad.clone() for p in encoder.parameters()]
+        model.zero_grad()
+    assert sum(sizes[True]) < sum(sizes[False]) / 4
+    for before, after in zip(gradients[False], gradients[True], strict=True):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_has_its_rate_scale_and_seed(rate):
     dropout = t5.Dropout(rate)

@@ -338,10 +338,15 @@ def test_mistakes_end_in_one_line(kind, more, words, text, image, folder, tmp_pa
 def batches_of(splits, steps=10, temperature=2.0, seed=0):
     """{task: training examples} -> Batches. Tokens are letters, and every text ends with 1."""
     run = SimpleNamespace(device="cpu", encode=lambda text: [*map(ord, text), 1])
-    run.args = SimpleNamespace(batch_size=8, max_steps=steps, epochs=1, seed=seed,
+    run.args = SimpleNamespace(batch_size=8, max_steps=steps, epochs=1, seed=seed, accumulate=1,
                                task_temperature=temperature, max_source_length=999)
     run.tasks = run.splits = {name: {"train": examples} for name, examples in splits.items()}
     return train.Batches(run)
+
+
+def only_part(batches, step):
+    [batch] = batches(step)
+    return batch
 
 
 def examples_of(texts):
@@ -368,7 +373,8 @@ def test_tasks_are_drawn_by_the_documented_formula():
 def test_an_epoch_holds_each_example_once_and_batches_hold_similar_lengths():
     texts = ["a" * length for length in range(1, 204)]
     batches = batches_of({"rte": examples_of(texts)}, steps=52)
-    epochs = [[rows_of(batches(step)) for step in range(start, start + 26)] for start in (0, 26)]
+    epochs = [[rows_of(only_part(batches, step)) for step in range(start, start + 26)]
+              for start in (0, 26)]
     for epoch in epochs:
         assert sorted(sum(epoch, []), key=len) == texts
         assert sorted(map(len, epoch)) == [3] + [8] * 25
@@ -381,16 +387,17 @@ def test_an_epoch_holds_each_example_once_and_batches_hold_similar_lengths():
 def test_a_batch_is_a_function_of_seed_and_step_and_holds_one_task():
     splits = {letter: examples_of(letter * i for i in range(1, 40)) for letter in "ab"}
     first, again, other = (batches_of(splits, 30, seed=seed) for seed in (0, 0, 1))
-    backwards = [rows_of(again(step)) for step in reversed(range(30))]
-    assert [rows_of(first(step)) for step in range(30)] == backwards[::-1]
-    assert [rows_of(other(step)) for step in range(30)] != backwards[::-1]
-    assert all(set("".join(rows_of(first(step)))) == {first(step).task} for step in range(30))
+    backwards = [rows_of(only_part(again, step)) for step in reversed(range(30))]
+    assert [rows_of(only_part(first, step)) for step in range(30)] == backwards[::-1]
+    assert [rows_of(only_part(other, step)) for step in range(30)] != backwards[::-1]
+    for batch in (only_part(first, step) for step in range(30)):
+        assert set("".join(rows_of(batch))) == {batch.task}
 
 
 def test_targets_are_drawn_by_their_weights():
     example = data.Example(("x",), "a", None, "", None, (("a", 0.9), ("b", 0.3), ("c", 0.3)))
     batches = batches_of({"vqa": [example] * 8}, steps=500)
-    labels = torch.cat([batches(step).labels[:, 0] for step in range(500)])
+    labels = torch.cat([only_part(batches, step).labels[:, 0] for step in range(500)])
     shares = [(labels == ord(letter)).float().mean().item() for letter in "abc"]
     assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.03)
 
@@ -464,22 +471,31 @@ def test_other_ways_to_train(more, has, lacks, image, folder, tmp_path):
     assert sorted(found.values()) == sorted(own.values())
 
 
-def test_two_processes_do_what_one_does(folder, tmp_path):
-    """Without dropout. The last batch of an epoch has one example, so a process has none."""
+@pytest.mark.parametrize("processes, more", [
+    (2, []), (1, ["--accumulate", 3]), (2, ["--accumulate", 2, "--recompute"])])
+def test_a_batch_in_parts_does_what_a_whole_one_does(processes, more, folder, tmp_path):
+    """Without dropout. The last batch of an epoch has one example, so some parts have none."""
     model = shutil.copytree(SAMPLE / "mini-t5", tmp_path / "model")
     config = read(model / "config.json") | {"dropout_rate": 0.0}
     (model / "config.json").write_text(json.dumps(config))
-    one = call(*command(folder, "vqa,rte", tmp_path / "one", "--model", model))
-    done = run_cli("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-                   "train.py", *command(folder, "vqa,rte", tmp_path / "two", "--model", model))
+    whole = call(*command(folder, "vqa,rte", tmp_path / "whole", "--model", model))
+    done = run_cli("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                   "--", "train.py", *command(folder, "vqa,rte", tmp_path / "parts", "--model",
+                                              model, *more))
     assert done.returncode == 0, done.stderr
     # The metrics and outputs that a run prints.
-    assert one.split("task ")[1].split(str(tmp_path))[0] in done.stdout
-    losses = [read_log(tmp_path / name, "loss")[0] for name in ("one", "two")]
+    assert whole.split("task ")[1].split(str(tmp_path))[0] in done.stdout
+    losses = [read_log(tmp_path / name, "loss")[0] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-    last = last_weights(tmp_path / "two")
-    for name, tensor in last_weights(tmp_path / "one").items():
+    last = last_weights(tmp_path / "parts")
+    for name, tensor in last_weights(tmp_path / "whole").items():
         assert (tensor - last[name]).abs().mean() < 1e-3, name
+
+
+def test_recomputed_activations_give_the_same_run(image, folder, tmp_path):
+    """With dropout, whose random numbers are drawn again."""
+    call(*command(folder, "vqa,rte", tmp_path, "--recompute"))
+    assert_same(tmp_path, image)
 
 
 # ---- using a trained run -------------------------------------------------------------------------
