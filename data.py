@@ -17,6 +17,7 @@ import os
 import re
 import statistics
 import sys
+import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 # ---- tasks and examples --------------------------------------------------------------------------
 
@@ -924,6 +926,19 @@ def write_file(path, content):
     os.replace(aside, path)
 
 
+def fetch(url, path):
+    """Download a file aside and rename it. Raises OSError, also for a connection that ends early,
+    which torch.hub's function takes for the end of the file."""
+    with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+
+        def show(blocks, size, total):
+            bar.total = total
+            bar.update(blocks * size - bar.n)
+
+        urllib.request.urlretrieve(url, f"{path}.tmp", show)
+    os.replace(f"{path}.tmp", path)
+
+
 def download(task, data_dir):
     """Fetch the official files if they are not there yet. Unpack those of a zip that are read."""
     folder = find_folder(task, data_dir)
@@ -935,7 +950,7 @@ def download(task, data_dir):
     folder.mkdir(parents=True, exist_ok=True)
     for name, url in task.urls.items():
         with reading(url):
-            torch.hub.download_url_to_file(url, str(folder / name))
+            fetch(url, folder / name)
 
     archive = folder / "official.zip"
     if archive.exists():

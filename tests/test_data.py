@@ -670,10 +670,18 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
 
 # ---- downloads -----------------------------------------------------------------------------------
 
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Of a file whose name begins with "cut", the connection ends after three bytes."""
+
+    def copyfile(self, source, outputfile):
+        is_cut = self.path.startswith("/cut")
+        outputfile.write(source.read(3 if is_cut else -1))
+
+
 @pytest.fixture
 def server(tmp_path):
     """An address, and the folder of the files there."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "web")
+    handler = functools.partial(Handler, directory=tmp_path / "web")
     http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http_server.serve_forever, args=[0.02], daemon=True).start()
     yield f"http://127.0.0.1:{http_server.server_port}/", tmp_path / "web"
@@ -721,6 +729,17 @@ def test_broken_downloads(content, message, server, tmp_path):
         write(web / "RTE.zip", content)
     with pytest.raises(UserError, match=message):
         data.download(served("rte", {"official.zip": f"{address}RTE.zip"}), tmp_path)
+
+
+def test_a_connection_that_ends_early_leaves_no_file(server, tmp_path):
+    """The next try finds nothing of the file and fetches it again."""
+    address, web = server
+    write(web / "cut.tsv", PAIR_HEADER)
+    task = served("rte", {"train.tsv": f"{address}cut.tsv"})
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"got only 3 out of {len(PAIR_HEADER)} bytes"):
+            data.download(task, tmp_path)
+        assert not (tmp_path / "RTE/train.tsv").exists()
 
 
 def test_mrpc_from_its_three_sources(server, tmp_path, capsys):
