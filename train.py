@@ -637,6 +637,19 @@ def make_optimiser(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
 
 
+def add_gradients(model, parts, label_smoothing):
+    """Forward and backward pass of each part of a batch -> this process's share of the loss."""
+    total = 0.0
+    for part in parts:
+        _, loss = model(part.input_ids, None, part.labels, part.task, label_smoothing,
+                        part.features)
+        # The sum over all parts is the mean over the tokens of the whole batch.
+        loss = part.share * loss
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
 def train(run):
     """The loop: save and evaluate where it is due, then take a step, until the last one."""
     args, model = run.args, run.model
@@ -680,14 +693,7 @@ def train(run):
         lr = learning_rate(args, step, batches.steps)
         for group in optimiser.param_groups:
             group["lr"] = lr * group["rate"]
-        total = 0.0
-        for batch in parts:
-            _, loss = model(batch.input_ids, None, batch.labels, batch.task, args.label_smoothing,
-                            batch.features)
-            # The sum over all parts is the mean over the tokens of the whole batch.
-            loss = batch.share * loss
-            loss.backward()
-            total += loss.detach()
+        loss = add_gradients(model, parts, args.label_smoothing)
         sum_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
         optimiser.step()
@@ -698,8 +704,9 @@ def train(run):
         if progress["step"] % LOG_EVERY == 0:
             # To read a number is to wait for the device.
             check_finite(run, progress["step"], norm)
-            row = {"step": progress["step"], "task": batch.task, "loss": sum(gather(total.item())),
-                   "lr": lr, "seconds": time.perf_counter() - run.started}
+            row = {"step": progress["step"], "task": parts[0].task,
+                   "loss": sum(gather(loss.item())), "lr": lr,
+                   "seconds": time.perf_counter() - run.started}
             progress["log"].append(row)
             bar.set_postfix(loss=row["loss"], best=progress["best"])
     bar.close()

@@ -2,10 +2,11 @@
 
     python tests/stress/gpu.py               # on a CPU: the same at small size, which checks it
 
-It runs the tests and the sample on the device. Then it measures training steps of a T5-base of true
-size (weights and tokens are noise, lengths are GLUE's), in bfloat16: every method, transformers with
-LoRA and prefixes of peft, images of 49 x 2048 features, and torch.compile. The programs take turns,
-and the tables show medians. The last table computes from them how long the paper's runs would take.
+It runs the tests and the sample on the device. Then it measures training steps of a T5-base of
+true size (weights and tokens are noise, lengths are GLUE's), in bfloat16: every method,
+transformers with LoRA and prefixes of peft, images of 49 x 2048 features, and torch.compile. The
+programs take turns, and the tables show medians. At the end it computes from them how long the
+paper's runs would take.
 """
 import argparse
 import subprocess
@@ -16,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from hyperpelt import METHODS, HyperPELT, HyperPELTConfig
 from t5 import T5, T5Config
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SMALL = T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
@@ -139,15 +140,16 @@ def compare(title, programs, batches, rounds):
     for _ in range(1 + rounds):
         for program in programs:
             program.take_steps(batches)
-    print(f"\n{title}, {size} examples a step\n{'':28}{'steps/s':>9}{'examples/s':>12}{'time /':>10}"
-          f"{'peak':>9}\n{'':28}{'':9}{'':12}{programs[0].name:>10}{'GiB':>9}")
+    print(f"\n{title}, {size} examples a step; time is relative to {programs[0].name}")
+    print(f"{'':28}{'steps/s':>9}{'examples/s':>12}{'time':>10}{'peak, GiB':>11}")
     medians = {}
     reference = np.array(programs[0].seconds[-rounds:])
     for program in programs:
         seconds = np.array(program.seconds[-rounds:])
         medians[program.name] = np.median(seconds)
-        print(f"{program.name:28}{1 / np.median(seconds):9.2f}{size / np.median(seconds):12.0f}"
-              f"{np.median(seconds / reference):10.2f}{program.peak:9.2f}", flush=True)
+        median = medians[program.name]
+        print(f"{program.name:28}{1 / median:9.2f}{size / median:12.0f}"
+              f"{np.median(seconds / reference):10.2f}{program.peak:11.2f}", flush=True)
     return medians
 
 

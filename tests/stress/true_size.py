@@ -1,7 +1,7 @@
 """Does everything work at true size? Run the programs on stand-ins for the public files (Linux).
 
-    python tests/stress/true_size.py write DIR          # 4 GB: T5-base, GLUE, VQAv2, GQA, COCO, CLIP
-    python tests/stress/true_size.py glue DIR           # or vl, clip, counts, processes
+    python tests/stress/true_size.py write DIR    # 4 GB: T5-base, GLUE, VQAv2, GQA, COCO, CLIP
+    python tests/stress/true_size.py glue DIR     # or vl, clip, counts, activations, processes
 
 The stand-ins have the formats and sizes of the public files and random content: weights are noise,
 texts are pieces of another text. Features are 49 x 2048 for 2,000 images. What the models say means
@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import clip_features
 import data
 import t5
 import train
+from hyperpelt import HyperPELT, HyperPELTConfig, count
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 # Rows of the official files, and about so many words per text, in the order of the task's fields.
 GLUE_SIZES = {
     "cola": (8551, 1043, [8]),
@@ -43,7 +44,7 @@ GLUE_SIZES = {
     "qnli": (104743, 5463, [10, 27]),
     "rte": (2490, 277, [45, 9]),
 }
-# Questions of VQAv2, of GQA's balanced files, and images with features, for training and validation.
+# For training and validation: questions of VQAv2, of GQA's balanced files, and our images.
 VQA_SIZES = (443757, 214354)
 GQA_SIZES = (943000, 132062)
 IMAGES = (1400, 600)
@@ -365,18 +366,56 @@ def extract(folder, args):
 def counts(folder, args):
     """hyperpelt.py counts without weights; a loaded model is counted here."""
     call("hyperpelt.py", "--model", folder / "t5-base")
-    from hyperpelt import HyperPELT, HyperPELTConfig, count
-
     for method in ("hyperpelt", "hyperprefix", "adapter", "full"):
         model = HyperPELT(t5.T5.from_pretrained(folder / "t5-base"),
                           [f"task {i}" for i in range(8)], HyperPELTConfig(method))
         print(f"{method}, loaded: {count(model.trained().values()):,} trained")
 
 
+def activations(folder, args):
+    """What fits where: parameters of T5-base and T5-3B, and the bfloat16 activations of training,
+    measured on two layers of each stack, for source texts of 128 tokens and targets of 8."""
+    t5_3b = {"d_model": 1024, "d_kv": 128, "d_ff": 16384, "num_heads": 32, "num_layers": 24}
+    for name, sizes in (("T5-base", {}), ("T5-3B", t5_3b)):
+        config = t5.T5Config(**sizes)
+        with torch.device("meta"):
+            model = HyperPELT(t5.T5(config), ["a"], HyperPELTConfig())
+        print(f"{name}: {count(model.t5.parameters()) * 2 / 2**30:.2f} GiB of bfloat16 weights,"
+              f" {count(model.trained().values()) * 16 / 2**30:.2f} GiB for what is trained, its"
+              " gradients and AdamW's moments")
+        for recompute in (False, True):
+            kept = [activation_bytes(sizes, recompute, batch) for batch in (4, 8)]
+            per_token = (kept[1] - kept[0]) / (4 * 128) / 2
+            all_layers = config.num_layers * per_token * 128 * 64 / 2**30
+            print(f"  recompute={recompute}: {per_token:,.0f} bytes per source token and pair of"
+                  f" layers: {all_layers:.1f} GiB for 128 texts of 64 tokens", flush=True)
+
+
+def activation_bytes(sizes, recompute, batch):
+    """-> bytes that a forward pass keeps for the backward pass, without parameters."""
+    model = t5.T5(t5.T5Config(**sizes | {"num_layers": 2, "vocab_size": 1000}))
+    model.encoder.recompute = model.decoder.recompute = recompute
+    model = HyperPELT(model, ["a"], HyperPELTConfig(), torch.bfloat16).train()
+    kept = {}
+
+    def note(tensor):
+        # The tensor is held, so that no other one gets its address.
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    input_ids = torch.randint(2, 1000, (batch, 128))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(input_ids, None, input_ids[:, :8], "a")
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(size for size, _ in kept.values())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["write", "glue", "vl", "clip", "counts", "processes",
-                                         "watch"])
+    parser.add_argument("what", choices=["write", "glue", "vl", "clip", "counts", "activations",
+                                         "processes", "watch"])
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--text", type=Path, default=ROOT / "sample/glue/RTE/train.tsv")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "sample/mini-t5/spiece.model")
@@ -394,7 +433,7 @@ def main():
     elif args.what in ("glue", "vl"):
         train_and_use(folder, args, args.what)
     else:
-        {"write": write, "clip": extract, "counts": counts,
+        {"write": write, "clip": extract, "counts": counts, "activations": activations,
          "processes": compare_processes}[args.what](folder, args)
 
 
