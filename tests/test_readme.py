@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT, run_cli
 
 PROGRAMS = ["train", "clip_features", "hyperpelt"]
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "sample/README.md")}
+PAGES = {str(path.relative_to(ROOT)): path.read_text()
+         for folder in (".", "sample", "tests") for path in (ROOT / folder).glob("*.md")}
 PLACES = sorted(set(re.findall(r"`(\w+)\.py:([\w.]+)`", "\n".join(PAGES.values()))))
 
 
@@ -38,7 +39,7 @@ def test_the_map_names_what_exists(module, name):
 
 
 def test_the_map_covers_every_equation():
-    section = PAGES["README.md"].split("## From the paper to the code")[1].split("\n## ")[0]
+    section = PAGES["README.md"].split("## Paper and code")[1].split("\n## ")[0]
     numbers = {int(number) for number in re.findall(r"\((\d+)\)", section)}
     assert numbers >= set(range(1, 12)) and len(PLACES) > 10
 
@@ -48,3 +49,35 @@ def test_an_equation_is_marked_where_it_is_computed(number):
     mark = re.compile(rf"# eq\. (\(\d+\), )*\({number}\)")
     marked = [path.name for path in ROOT.glob("*.py") if mark.search(path.read_text())]
     assert marked == ["hyperpelt.py"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    """Links to other sites are not followed."""
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        name, _, heading = target.partition("#")
+        if target.startswith("http"):
+            continue
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert heading in anchors, target
+
+
+def test_the_worked_example():
+    """README: two tasks through eq. (1) to (3), one head of width 1, any query."""
+    import torch
+
+    from hyperpelt import Prefix
+
+    shared, text = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 4.0])
+    outputs = []
+    for z in ([1.0, 1.0], [0.0, 3.0]):
+        hyper = torch.relu(torch.tensor(z) + shared)
+        prefix = [(hyper @ torch.tensor(w)).reshape(1, 1, 1, 1) for w in ([0.0, 0.0], [1.0, -1.0])]
+        k, v = Prefix([prefix])(*text.reshape(2, 1, 1, 1, 1))
+        outputs.append(((3 * k).softmax(2) * v).sum().item())
+    assert outputs == [2.5, 1.0]
+    assert "= 2.5 " in PAGES["README.md"] and "0.5 * -2 + 0.5 * 4 = 1\n" in PAGES["README.md"]
