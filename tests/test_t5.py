@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import SPIECE, make_checkpoint
+from conftest import SIZES, SPIECE, make_checkpoint
 from safetensors.torch import load_file, save_file
 
 import t5
@@ -336,6 +336,20 @@ def test_a_tensor_that_does_not_fit_is_named(name, tensor, message, tmp_path):
     tensors = {**load_file(path), name: tensor}
     save_file({key: value for key, value in tensors.items() if value is not None}, path)
     with pytest.raises(ValueError, match=f"^{path}: tensor {name} {message}$"):
+        T5.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, settings, message", [
+    ("UMT5", {}, "block.1.layer.0.SelfAttention.relative_attention_bias.weight is unknown"),
+    ("LongT5", {}, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is miss"),
+    ("SwitchTransformers", {}, "encoder.block.0.layer.1.DenseReluDense.wi.weight is missing"),
+    ("T5", {"feed_forward_proj": "gated-silu"}, "found 'gated-silu', expected relu or gated-gelu"),
+])
+def test_relatives_of_t5_are_refused(name, settings, message, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(**SIZES, vocab_size=64, **settings)
+    getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
         T5.from_pretrained(tmp_path)
 
 
