@@ -157,7 +157,7 @@ def write_clip(folder):
         (folder / name).mkdir(parents=True, exist_ok=True)
         tensors = {encoder.name_prefix + key: torch.randn_like(value) / value[0].numel()**0.5
                    if value.dim() > 1 else value.float().nan_to_num(0, 0, 0).clamp(-1, 1)
-                   for key, value in encoder.state_dict().items() if "num_batches" not in key}
+                   for key, value in encoder.state_dict().items()}
         if name == "RN101":
             # Its attention pool tells the side of the images, and is not read otherwise.
             tensors["visual.attnpool.positional_embedding"] = torch.zeros(50, 2048)
