@@ -17,8 +17,8 @@ receives generated weights:
          the layer norm, which can be left out]
     (2)  P_k = I W_k + c_k,  P_v = I W_v + c_v             prefix hypernetwork h_P
          [P; R: row by row]
-    (3)  K' = [P_k ; x W_K],  V' = [P_v ; x W_V]           an attention with its prefix
-         [P; X (MAM): the prefix bypasses W_K and W_V]
+    (3)  K' = [P_k ; s W_K],  V' = [P_v ; s W_V]           an attention with its prefix; s is what
+         it attends to, W_K and W_V are T5's [P; X (MAM): the prefix bypasses W_K and W_V]
     (4)  (W_down, b_down, W_up, b_up) = h_A(mean of I)     adapter hypernetwork h_A
          [P; C: mean over the N positions]
     (5)  A(u) = ReLU(u W_down + b_down) W_up + b_up        adapter; u = norm(x) is the FFN's input
@@ -30,7 +30,7 @@ The visual side has hypernetworks h_P^v and h_A^v of its own [P], again (2) and 
          [P; R: linear, row by row; C: G is normalised before]
     (8)  I^v = (1) of z_v, with weights of its own         hyper-embedding of an image at a site
          [P; R: own weights; C: the same l_i and b_j]
-    (9)  K' = [P_k ; P_k^v ; x W_K],  V' likewise          the image's prefix after the task's
+    (9)  K' = [P_k ; P_k^v ; s W_K],  V' likewise          the image's prefix after the task's
          [P; C: the order]
     (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)    the image's adapter beside the task's
          [P; R: lambda_v]
@@ -226,7 +226,7 @@ class Prefix:
         self.parts = parts                                          # (P_k, P_v) [B, H, N, K] each
         self.length = sum(keys.size(2) for keys, _ in parts)
 
-    def __call__(self, k, v):                                       # x W_K, x W_V [B, H, S, K]
+    def __call__(self, k, v):                                       # s W_K, s W_V [B, H, S, K]
         batch = len(k)
         keys = [p_k.expand(batch, -1, -1, -1) for p_k, _ in self.parts]
         values = [p_v.expand(batch, -1, -1, -1) for _, p_v in self.parts]

@@ -30,7 +30,7 @@ BLANKS = {
         Write eq. (2). self.to_key is W_k and c_k, self.to_value is W_v and c_v. They give all
         heads side by side: self.head_shape is (N, H, K)."""),
     3: ("Prefix", "__call__", """
-        x W_K and x W_V, each [B, H, S, K] -> K' and V' of the task, [B, H, N+S, K].
+        s W_K and s W_V, each [B, H, S, K] -> K' and V' of the task, [B, H, N+S, K].
 
         Write eq. (3) for all of self.parts, pairs (P_k, P_v) [1 or B, H, N, K]; eq. (9) is the
         same with two parts. A part with 1 in place of B serves the whole batch."""),

@@ -84,7 +84,7 @@ def image_side():
         box(115, 400, 70, 40, "frozen", "CLIP"),
         arrow((185, 420), (250, 420)),
         words(217, 414, "[N, V]", "small"),
-        box(250, 400, 85, 40, "trained", "Wᵥ, cᵥ", "eq. (7)"),
+        box(250, 400, 85, 40, "trained", "W_g, c_g", "eq. (7)"),
         arrow((292, 400), (292, 380)),
         words(345, 394, "zᵥ  [B, N, d_t]", "small"),
         box(215, 320, 145, 60, "trained", "projector of its own", "eq. (8)"),
@@ -157,9 +157,9 @@ def injections():
         words(690, 303, "[B, H, N, d_kv]", "small"),
         # Adapters stand beside the feed-forward block.
         arrow((625, 160), (765, 160), (765, 455), (850, 455)),
-        words(690, 153, "[r, D], [D, r]", "small"),
+        words(690, 153, "[D, r], [r, D]", "small"),
         arrow((625, 390), (750, 390), (750, 485), (850, 485)),
-        words(688, 383, "[B, r, D], [B, D, r]", "small"),
+        words(688, 383, "[B, D, r], [B, r, D]", "small"),
     ]
 
 
