@@ -405,7 +405,7 @@ def test_targets_are_drawn_by_their_weights():
 def test_padding():
     """Inputs by 0, to a multiple of 8 if there are more than 64 columns; labels by -100."""
     long = data.Example(("x" * 66,), "yz", None, "")
-    batch = batches_of({"rte": [long, *examples_of(["x"])]})(0)
+    batch = only_part(batches_of({"rte": [long, *examples_of(["x"])]}), 0)
     assert batch.input_ids.tolist() == [[120, 1] + [0] * 70, [120] * 66 + [1] + [0] * 5]
     assert batch.labels.tolist() == [[98, 1, -100], [121, 122, 1]]
 
