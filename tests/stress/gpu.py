@@ -220,9 +220,10 @@ def main():
     config = T5Config() if CUDA else SMALL
     text = measure_text(config, args)
     images = measure_images(config, args)
-    print("\nThe paper's runs at these speeds, without evaluation"
-          f"\nGLUE, {GLUE_STEPS:,} steps of 128 [R]: {GLUE_STEPS * text / 3600:.1f} hours"
-          f"\nVL, {VL_STEPS:,} steps of 128, 20 epochs [X]: {VL_STEPS * images / 3600:.1f} hours")
+    if CUDA:
+        print("\nThe paper's runs at these speeds, without evaluation"
+              f"\nGLUE, {GLUE_STEPS:,} steps of 128 [R]: {GLUE_STEPS * text / 3600:.1f} hours"
+              f"\nVL, {VL_STEPS:,} steps of 128 [X]: {VL_STEPS * images / 3600:.1f} hours")
 
 
 if __name__ == "__main__":
