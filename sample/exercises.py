@@ -9,9 +9,17 @@ import ast
 import importlib.util
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
+# The modules lie in the folder above, wherever the script is started from.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
+import torch
+import torch.nn.functional as F
+
+from t5 import T5, T5Config
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("hyperpelt.py", "t5.py", "train.py", "data.py", "clip_features.py")
@@ -46,8 +54,6 @@ BLANKS = {
 
         Write eq. (5), and of eq. (6) the term lambda A(u). t5.py adds FFN(u) and x."""),
 }
-# Eq. (6) is checked on the same method as eq. (5), with a lambda that is not 1.
-EQUATIONS = (1, 2, 3, 4, 5, 6)
 
 
 # ---- part A: build it ----------------------------------------------------------------------------
@@ -59,47 +65,52 @@ def blank(folder):
     folder.mkdir(parents=True)
     for name in FILES:
         shutil.copy(ROOT / name, folder)
-    source = (ROOT / "hyperpelt.py").read_text()
-    lines = source.splitlines()
-    places = {(part.name, method.name): method
-              for part in ast.parse(source).body if isinstance(part, ast.ClassDef)
-              for method in part.body if isinstance(method, ast.FunctionDef)}
+    path = folder / "hyperpelt.py"
+    lines = path.read_text().splitlines()
+    places = find_methods(path.read_text())
     # From the end of the file on, so that the line numbers before stay true.
-    for number, (owner, name, text) in sorted(
-            BLANKS.items(), key=lambda item: -places[item[1][:2]].lineno):
+    for number in sorted(BLANKS, key=lambda number: -places[BLANKS[number][:2]].lineno):
+        owner, name, text = BLANKS[number]
         method = places[owner, name]
-        body = [f'        """{text.strip()}', '        """',
-                f'        raise NotImplementedError("eq. ({number}) is yours to write")']
-        lines[method.body[0].lineno - 1:method.end_lineno] = body
-    (folder / "hyperpelt.py").write_text("\n".join(lines) + "\n")
-    print(f"{folder}/hyperpelt.py is yours: write eq. (1) to (6), and check each.")
+        lines[method.body[0].lineno - 1:method.end_lineno] = [
+            f'        """{text.strip()}',
+            '        """',
+            f'        raise NotImplementedError("eq. ({number}) is yours to write")'
+        ]
+    path.write_text("\n".join(lines) + "\n")
+    print(f"{path} is yours: write eq. (1) to (6), and check each.")
+
+
+def find_methods(source):
+    """-> {(class, method): its node in the syntax tree}."""
+    methods = {}
+    for part in ast.parse(source).body:
+        if isinstance(part, ast.ClassDef):
+            for method in part.body:
+                if isinstance(method, ast.FunctionDef):
+                    methods[part.name, method.name] = method
+    return methods
 
 
 def load(folder):
-    """-> the module hyperpelt of a folder, and the t5 that it uses."""
-    sys.path.insert(0, str(ROOT))
-    import t5
-
+    """-> the module hyperpelt of a folder."""
     spec = importlib.util.spec_from_file_location("built", folder / "hyperpelt.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, t5
+    return module
 
 
-def small_side(hyperpelt, t5):
-    """-> hypernetworks of small sizes with random weights, and their sizes."""
-    import torch
-
-    torch.manual_seed(0)
-    sizes = t5.T5Config(d_model=10, d_kv=3, num_heads=2, num_layers=2)
-    config = hyperpelt.HyperPELTConfig(prefix_length=4, embedding_dim=6, hyper_dim=5,
-                                       projector_dim=7, bottleneck=3)
-    sites = [hyperpelt.list_sites(sizes, blocks)
-             for blocks in (hyperpelt.ATTENTION_BLOCKS, hyperpelt.FFN_BLOCKS)]
-    side = hyperpelt.Hypernetworks(config, sizes, *sites)
+def small_side(hyperpelt):
+    """-> Hypernetworks of small sizes with random weights, for 10 sites."""
+    sizes = T5Config(d_model=10, d_kv=3, num_heads=2, num_layers=2)
+    config = hyperpelt.HyperPELTConfig(
+        prefix_length=4, embedding_dim=6, hyper_dim=5, projector_dim=7, bottleneck=3)
+    attentions = hyperpelt.list_sites(sizes, hyperpelt.ATTENTION_BLOCKS)
+    ffns = hyperpelt.list_sites(sizes, hyperpelt.FFN_BLOCKS)
+    side = hyperpelt.Hypernetworks(config, sizes, attentions, ffns)
     for parameter in side.parameters():
         parameter.data.normal_()
-    return side, sites[0] + sites[1]
+    return side
 
 
 def array(tensor):
@@ -111,65 +122,83 @@ def linear(layer, x):
     return x @ array(layer.weight).T + bias
 
 
-def expected_hyper(side, z, layer, block):
-    """Eq. (1) in numpy, site by site."""
-    sites = []
-    for i, j in zip(array(side.layer_ids).astype(int), array(side.block_ids).astype(int),
-                    strict=True):
-        joined = (linear(side.from_z, z) + linear(side.from_layer, layer[i])
-                  + linear(side.from_block, block[j]))
+def layer_norm(x, norm):
+    centred = x - x.mean(-1, keepdims=True)
+    deviation = np.sqrt(np.square(centred).mean(-1, keepdims=True) + norm.eps)
+    return centred / deviation * array(norm.weight) + array(norm.bias)
+
+
+# Each function yields (name, found, expected) of every tensor that an equation computes.
+
+def check_hyper_embedding(hyperpelt):
+    side = small_side(hyperpelt)
+    z, layer, block = torch.randn(2, 4, 6), torch.randn(4, 4, 6), torch.randn(5, 4, 6)
+    expected = []
+    for i, j in zip(side.layer_ids.tolist(), side.block_ids.tolist(), strict=True):
+        joined = linear(side.from_z, array(z))
+        joined = joined + linear(side.from_layer, array(layer[i]))
+        joined = joined + linear(side.from_block, array(block[j]))
         hyper = linear(side.to_hyper, np.maximum(joined, 0))
-        centred = hyper - hyper.mean(-1, keepdims=True)
-        normed = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
-        sites.append(normed * array(side.norm.weight) + array(side.norm.bias))
-    return np.stack(sites)
+        expected.append(layer_norm(hyper, side.norm))
+    yield "I", side.hyper_embedding(z, layer, block), np.stack(expected)
 
 
-def cases(number, hyperpelt, t5):
-    """-> (name, found, expected) of every tensor that an equation computes."""
-    import torch
-
-    side, _ = small_side(hyperpelt, t5)
+def check_prefixes(hyperpelt):
+    side = small_side(hyperpelt)
     hyper = torch.randn(10, 2, 4, 5)
-    values = array(hyper)
-    if number == 1:
-        z, layer, block = torch.randn(2, 4, 6), torch.randn(4, 4, 6), torch.randn(5, 4, 6)
-        yield ("I", side.hyper_embedding(z, layer, block),
-               expected_hyper(side, array(z), array(layer), array(block)))
-    if number == 2:
-        for name, found, head in zip(("P_k", "P_v"), side.prefixes(hyper),
-                                     (side.to_key, side.to_value), strict=True):
-            rows = linear(head, values).reshape(10, 2, 4, 2, 3)
-            yield name, found, rows.swapaxes(2, 3)
-    if number == 3:
-        parts = [[torch.randn(1, 2, 4, 3) for _ in range(2)] for _ in range(2)]
-        text = [torch.randn(5, 2, 6, 3) for _ in range(2)]
-        found = hyperpelt.Prefix(parts)(*text)
-        for i, name in enumerate(("K'", "V'")):
-            before = [np.repeat(array(part[i]), 5, 0) for part in parts]
-            yield name, found[i], np.concatenate([*before, array(text[i])], 2)
-    if number == 4:
-        found = side.adapters(hyper)
-        mean = values.mean(2)
-        shapes = {"W_down": (side.to_down, (10, 3)), "b_down": (side.to_down_bias, (1, 3)),
-                  "W_up": (side.to_up, (3, 10)), "b_up": (side.to_up_bias, (1, 10))}
-        for one, (name, (head, shape)) in zip(found, shapes.items(), strict=False):
-            yield name, one, linear(head, mean).reshape(10, 2, *shape)
-        yield "lambda", found[-1], np.full(10, side.scale.item())
-    if number in (5, 6):
-        scale = 1.0 if number == 5 else 0.25
-        part = [torch.randn(1, *shape) for shape in ((10, 3), (1, 3), (3, 10), (1, 10))]
-        u = torch.randn(2, 6, 10)
-        down, down_bias, up, up_bias = map(array, part)
-        hidden = np.maximum(array(u) @ down + down_bias, 0)
-        found = hyperpelt.Adapter([[*part, torch.tensor(scale)]])(u)
-        yield "A(u)" if number == 5 else "lambda A(u)", found, scale * (hidden @ up + up_bias)
+    keys, values = side.prefixes(hyper)
+    for name, found, head in (("P_k", keys, side.to_key), ("P_v", values, side.to_value)):
+        rows = linear(head, array(hyper)).reshape(10, 2, 4, 2, 3)
+        yield name, found, rows.swapaxes(2, 3)
+
+
+def check_attention(hyperpelt):
+    parts = [[torch.randn(1, 2, 4, 3) for _ in range(2)] for _ in range(2)]
+    text = [torch.randn(5, 2, 6, 3) for _ in range(2)]
+    found = hyperpelt.Prefix(parts)(*text)
+    for i, name in enumerate(("K'", "V'")):
+        before = [np.repeat(array(part[i]), 5, 0) for part in parts]
+        yield name, found[i], np.concatenate([*before, array(text[i])], 2)
+
+
+def check_adapters(hyperpelt):
+    side = small_side(hyperpelt)
+    hyper = torch.randn(10, 2, 4, 5)
+    down, down_bias, up, up_bias, scale = side.adapters(hyper)
+    for name, found, head, shape in (
+        ("W_down", down, side.to_down, (10, 3)),
+        ("b_down", down_bias, side.to_down_bias, (1, 3)),
+        ("W_up", up, side.to_up, (3, 10)),
+        ("b_up", up_bias, side.to_up_bias, (1, 10)),
+    ):
+        yield name, found, linear(head, array(hyper).mean(2)).reshape(10, 2, *shape)
+    yield "lambda", scale, np.full(10, side.scale.item())
+
+
+def check_adapter(hyperpelt, name="A(u)", scale=1.0):
+    part = [torch.randn(1, *shape) for shape in ((10, 3), (1, 3), (3, 10), (1, 10))]
+    u = torch.randn(2, 6, 10)
+    found = hyperpelt.Adapter([[*part, torch.tensor(scale)]])(u)
+    down, down_bias, up, up_bias = map(array, part)
+    hidden = np.maximum(array(u) @ down + down_bias, 0)
+    yield name, found, scale * (hidden @ up + up_bias)
+
+
+CHECKS = {
+    1: check_hyper_embedding,
+    2: check_prefixes,
+    3: check_attention,
+    4: check_adapters,
+    5: check_adapter,
+    # The same method as eq. (5), with a lambda that is not 1.
+    6: partial(check_adapter, name="lambda A(u)", scale=0.25),
+}
 
 
 def check(number, folder):
     """Compare an equation with numpy. Explain the first mismatch in one sentence."""
     try:
-        for name, found, expected in cases(number, *load(folder)):
+        for name, found, expected in CHECKS[number](load(folder)):
             problem = mismatch(found, expected)
             if problem:
                 sys.exit(f"eq. ({number}): {name} {problem}")
@@ -194,40 +223,47 @@ def mismatch(found, expected):
 
 # ---- part B: predict, then run -------------------------------------------------------------------
 
-def trained(hyperpelt, t5, tasks, method="hyperpelt", **settings):
-    import torch
-
+def trained(hyperpelt, tasks, method="hyperpelt", **settings):
+    """-> the numbers that a method trains on T5-base."""
+    names = [f"task {i}" for i in range(tasks)]
+    config = hyperpelt.HyperPELTConfig(method, **settings)
     with torch.device("meta"):
-        model = hyperpelt.HyperPELT(t5.T5(t5.T5Config()), [f"task {i}" for i in range(tasks)],
-                                    hyperpelt.HyperPELTConfig(method, **settings))
+        model = hyperpelt.HyperPELT(T5(T5Config()), names, config)
     return hyperpelt.count(model.trained().values())
 
 
-def same_sites(hyperpelt, t5):
-    """-> the number of pairs of sites whose I is the same (cosine above 0.9999), of 10 sites."""
-    import torch
+def cost_of_a_task(hyperpelt):
+    return trained(hyperpelt, 9) - trained(hyperpelt, 8)
 
-    side, sites = small_side(hyperpelt, t5)
-    hyper = side.hyper_embedding(torch.randn(1, 4, 6), torch.randn(4, 4, 6), torch.randn(5, 4, 6))
-    rows = torch.nn.functional.normalize(hyper.flatten(1), dim=1)
+
+def crossing(hyperpelt):
+    """-> the smallest number of tasks for which hyperpelt trains less than adapter."""
+    tasks = 1
+    while trained(hyperpelt, tasks) >= trained(hyperpelt, tasks, "adapter"):
+        tasks += 1
+    return tasks
+
+
+def same_sites(hyperpelt):
+    """-> the number of pairs of sites whose I is the same (cosine above 0.9999), of 10 sites."""
+    z, layer, block = torch.randn(1, 4, 6), torch.randn(4, 4, 6), torch.randn(5, 4, 6)
+    hyper = small_side(hyperpelt).hyper_embedding(z, layer, block)
+    rows = F.normalize(hyper.flatten(1), dim=1)                     # [sites, N*E]
     return int(((rows @ rows.T).triu(1) > 0.9999).sum())
 
 
-def share_of_zeros(hyperpelt, t5):
-    """-> the share of a uniform attention that an all-zero prefix of 49 takes from 49 tokens."""
-    import torch
-
+def share_of_zeros(hyperpelt):
+    """-> the share of the attention that an all-zero prefix of 49 takes from 49 keys of zeros."""
     zeros = torch.zeros(1, 1, 49, 3)
-    keys, _ = hyperpelt.Prefix([(zeros, zeros)])(torch.zeros(1, 1, 49, 3), torch.ones(1, 1, 49, 3))
+    keys, _ = hyperpelt.Prefix([(zeros, zeros)])(zeros, zeros)
     return keys.sum(-1).softmax(-1)[..., :49].sum().item()
 
 
 ANSWERS = {
-    "count": lambda *modules: trained(*modules, 8),
-    "task": lambda *modules: trained(*modules, 9) - trained(*modules, 8),
-    "crossing": lambda *modules: next(
-        n for n in range(1, 99) if trained(*modules, n) < trained(*modules, n, "adapter")),
-    "vector": lambda *modules: trained(*modules, 8, per_position=False),
+    "count": partial(trained, tasks=8),
+    "task": cost_of_a_task,
+    "crossing": crossing,
+    "vector": partial(trained, tasks=8, per_position=False),
     "same": same_sites,
     "zeros": share_of_zeros,
 }
@@ -235,7 +271,7 @@ ANSWERS = {
 
 def answer(question, value, folder):
     """Compare a prediction with what the code in a folder computes."""
-    found = ANSWERS[question](*load(folder))
+    found = ANSWERS[question](load(folder))
     if abs(found - value) > 1e-6:
         sys.exit(f"{question}: {value:g} is not what the code computes.")
     print(f"{question}: {value:g} is right.")
@@ -247,11 +283,12 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("blank", help="write the files of part A")
     one = commands.add_parser("check", help="check an equation of part A")
-    one.add_argument("number", type=int, choices=EQUATIONS)
+    one.add_argument("number", type=int, choices=CHECKS)
     one = commands.add_parser("answer", help="check a prediction of part B")
     one.add_argument("question", choices=ANSWERS)
     one.add_argument("value", type=float)
     args = parser.parse_args(arguments)
+    torch.manual_seed(0)
     folder = args.folder.resolve()
     if args.command == "blank":
         blank(folder)

@@ -17,9 +17,17 @@ from t5 import T5, T5Config
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 TASKS = (1, 2, 4, 5, 8, 16, 32, 64)
-FORMS = [(method, sharing)
-         for method, (_, _, source) in METHODS.items() if method not in ("norms", "full")
-         for sharing in (("shared", "per-task") if source in ("shared", "per-task") else ("",))]
+
+
+def list_forms():
+    """-> (method, sharing) of every method that adds weights; hypernetworks have no sharing."""
+    forms = []
+    for method, (_, _, source) in METHODS.items():
+        if source == "hypernetworks":
+            forms.append((method, ""))
+        elif source:
+            forms += [(method, "shared"), (method, "per-task")]
+    return forms
 
 
 def counts(method, sharing, tasks):
@@ -53,10 +61,11 @@ def draw(found):
 
 
 def main():
-    found = {(*form, tasks): counts(*form, tasks) for form in FORMS for tasks in TASKS}
+    forms = list_forms()
+    found = {(*form, tasks): counts(*form, tasks) for form in forms for tasks in TASKS}
     header = ["method", *map(str, TASKS), "deployed, 64"]
     lines = [header, ["---"] * len(header)]
-    for form in FORMS:
+    for form in forms:
         millions = [f"{found[*form, tasks][0] / 1e6:.2f}" for tasks in TASKS]
         lines.append([name_of(*form), *millions, f"{found[*form, 64][1] / 1e6:.1f}"])
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))

@@ -186,7 +186,7 @@ def memory(key, file="status"):
     return int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 2**20
 
 
-def watch(report, start, arguments):
+def watch(report, args):
     """Run train.py in this process. Write to a file when each step began and the memory then, and
     the share of matrix products in the fourth step."""
     steps, learning_rate, profiler = [], train.learning_rate, torch.profiler.profile()
@@ -194,7 +194,7 @@ def watch(report, start, arguments):
     def note(settings, step, total):
         if step == int(os.environ.get("STOP_AT", -1)):
             sys.exit()
-        steps.append([step, time.time() - start, memory("VmHWM")])
+        steps.append([step, time.time() - args.start, memory("VmHWM")])
         if len(steps) == 4:
             profiler.start()
         if len(steps) == 5:
@@ -207,7 +207,7 @@ def watch(report, start, arguments):
         # The tasks' official files come from the same server.
         for task in data.TASKS.values():
             task.urls = {name: f"{server}/{Path(url).name}" for name, url in task.urls.items()}
-    sys.argv = ["train.py", *arguments]
+    sys.argv = ["train.py", *args.more]
     try:
         data.run(train.main)
     finally:
@@ -218,7 +218,7 @@ def watch(report, start, arguments):
                         if re.search("mm|convolution|linear$", row.key)]
             share = sum(products) / sum(row.self_cpu_time_total for row in rows)
         write_json(Path(f"{report}-{train.RANK}"), {
-            "steps": steps, "seconds": time.time() - start, "peak": memory("VmHWM"),
+            "steps": steps, "seconds": time.time() - args.start, "peak": memory("VmHWM"),
             "pss": memory("Pss", "smaps_rollup"), "products": share})
 
 
@@ -256,8 +256,9 @@ def tasks_of(folder, kind):
     return options + ["--protocol", "official"] * (kind == "vl")
 
 
-def train_and_use(folder, args, kind):
+def train_and_use(folder, args):
     """Train, stop, resume, evaluate, predict, export."""
+    kind = args.what
     run = folder / "runs" / kind
     shutil.rmtree(run, ignore_errors=True)
     options = tasks_of(folder, kind)
@@ -414,10 +415,22 @@ def activation_bytes(sizes, recompute, batch):
     return sum(size for size, _ in kept.values())
 
 
+COMMANDS = {
+    "write": write,
+    "glue": train_and_use,
+    "vl": train_and_use,
+    "clip": extract,
+    "counts": counts,
+    "activations": activations,
+    "processes": compare_processes,
+    # What the others run in a process of its own.
+    "watch": watch,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["write", "glue", "vl", "clip", "counts", "activations",
-                                         "processes", "watch"])
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--text", type=Path, default=ROOT / "sample/glue/RTE/train.tsv")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "sample/mini-t5/spiece.model")
@@ -429,14 +442,7 @@ def main():
     end = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:end])
     args.more = arguments[end + 1:]
-    folder = args.folder.resolve()
-    if args.what == "watch":
-        watch(folder, args.start, args.more)
-    elif args.what in ("glue", "vl"):
-        train_and_use(folder, args, args.what)
-    else:
-        {"write": write, "clip": extract, "counts": counts, "activations": activations,
-         "processes": compare_processes}[args.what](folder, args)
+    COMMANDS[args.what](args.folder.resolve(), args)
 
 
 if __name__ == "__main__":
