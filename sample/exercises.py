@@ -147,8 +147,8 @@ def check_prefixes(hyperpelt):
     side = small_side(hyperpelt)
     hyper = torch.randn(10, 2, 4, 5)
     keys, values = side.prefixes(hyper)
-    for name, found, head in (("P_k", keys, side.to_key), ("P_v", values, side.to_value)):
-        rows = linear(head, array(hyper)).reshape(10, 2, 4, 2, 3)
+    for name, found, output_map in (("P_k", keys, side.to_key), ("P_v", values, side.to_value)):
+        rows = linear(output_map, array(hyper)).reshape(10, 2, 4, 2, 3)
         yield name, found, rows.swapaxes(2, 3)
 
 
@@ -165,13 +165,13 @@ def check_adapters(hyperpelt):
     side = small_side(hyperpelt)
     hyper = torch.randn(10, 2, 4, 5)
     down, down_bias, up, up_bias, scale = side.adapters(hyper)
-    for name, found, head, shape in (
+    for name, found, output_map, shape in (
         ("W_down", down, side.to_down, (10, 3)),
         ("b_down", down_bias, side.to_down_bias, (1, 3)),
         ("W_up", up, side.to_up, (3, 10)),
         ("b_up", up_bias, side.to_up_bias, (1, 10)),
     ):
-        yield name, found, linear(head, array(hyper).mean(2)).reshape(10, 2, *shape)
+        yield name, found, linear(output_map, array(hyper).mean(2)).reshape(10, 2, *shape)
     yield "lambda", scale, np.full(10, side.scale.item())
 
 

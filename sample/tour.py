@@ -35,9 +35,9 @@ def show_layers(title, values, blocks):
 
 
 def watch(model, input_ids, labels, injected):
-    """Run the T5 -> {site: share of the attention on the prefix}, {site: norm of lambda A(u),
+    """Run the T5 -> {site: attention [T, N+S], mean over the heads}, {site: norm of lambda A(u),
     relative to FFN(u)}."""
-    shares, ratios = {}, {}
+    attentions, ratios = {}, {}
 
     def note(module, inputs, output):
         site = getattr(module, "site", None)
@@ -45,35 +45,41 @@ def watch(model, input_ids, labels, injected):
             u, source, mask, sites, cache = inputs
             keys, _ = module.keys_values(source, sites, cache)  # [1, H, N+S, K]
             attention = (module.split(module.q(u)) @ keys.mT + mask).softmax(-1)  # [1, H, T, N+S]
-            shares[site] = attention[..., :injected["sites"][site].length].sum(-1).mean().item()
+            attentions[site] = attention[0].mean(0).float().cpu()
         elif site in model.hypernetworks.ffns:
             added = injected["sites"][site](inputs[0])  # [1, T, D]
             ratios[site] = (added.norm() / (output - added).norm()).item()
 
     with register_module_forward_hook(note):
         model.t5(input_ids, None, labels, **injected)
-    return shares, ratios
+    return attentions, ratios
 
 
-def draw(path, shares, sites, cosines):
-    """Draw the shares of attention and the cosines, where matplotlib is installed."""
+def draw(path, attention, tokens, sites, cosines):
+    """Draw an attention and the cosines of I, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for block in ATTENTION_BLOCKS:
-        left.plot([share for site, share in shares.items() if site[0] == block], "o-", label=block)
-    left.set(xlabel="layer", ylabel="share of the attention on the prefix", ylim=(0, 1))
-    left.legend()
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(5, 3))
+    prefix_length = attention.size(1) - len(tokens)
+    image = left.imshow(attention, aspect="auto", interpolation="none", norm="log", vmin=1e-3)
+    left.set_yticks(range(len(tokens)), tokens, fontsize=7)
+    columns = range(prefix_length, attention.size(1))
+    left.set_xticks([0, prefix_length - 1, *columns], [1, prefix_length, *tokens], fontsize=7,
+                    rotation=90)
+    left.axvline(prefix_length - 0.5, color="white")
+    left.set(xlabel="attends to: positions of the prefix | tokens of the text",
+             title=f"{sites[0][0]}, layer 0: mean over the heads")
+    figure.colorbar(image, ax=left)
 
     image = right.imshow(cosines)
     starts = [i for i, (_, layer) in enumerate(sites) if layer == 0]
     right.set_yticks(starts, [f"{sites[i][0]}, layer 0" for i in starts])
-    right.set(xticks=starts, xticklabels=[], title="cosine of the hyper-embeddings I of two sites")
+    right.set(xticks=starts, xticklabels=[], title="cosine of I of two sites")
     figure.colorbar(image, ax=right)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     print(f"\n{path}: drawn")
 
 
@@ -113,17 +119,21 @@ def main():
     show(f"the example: {example.source}", f"ids [1, S] = {list(input_ids.shape)}")
     cosines = show_hyper_embeddings(model, name)
     weights, networks = model.generate_weights(name), model.hypernetworks
-    shares, ratios = watch(model, input_ids, labels, model.inject(weights, features))
+    attentions, ratios = watch(model, input_ids, labels, model.inject(weights, features))
     keys, values = weights[networks.attentions[0]]
     show(f"eq. (2): P_k, P_v of {networks.attentions[0][0]}, layer 0: [1, H, N, K]",
          f"{list(keys.shape)}, standard deviation {keys.std():.2f} and {values.std():.2f}")
+    length = model.config.prefix_length
+    shares = {site: attention[:, :length].sum(1).mean() for site, attention in attentions.items()}
     show_layers("eq. (3): share of the attention on the prefix", shares, ATTENTION_BLOCKS)
     *adapter, scale = weights[networks.ffns[0]]
     show(f"eq. (4): W_down, b_down, W_up, b_up of encoder FFN, layer 0; lambda {scale.item():.3f}",
          *(list(tensor.shape) for tensor in adapter))
     show_layers("eq. (5), (6): norm of lambda A(u), relative to FFN(u)", ratios, FFN_BLOCKS)
     show("output", f"before training {before!r}, after {after!r}; the label is {example.target!r}")
-    draw(run.folder / "tour.png", shares, networks.attentions + networks.ffns, cosines)
+    sites = networks.attentions + networks.ffns
+    tokens = [run.tokenizer.names[i] for i in input_ids[0]]
+    draw(run.folder / "tour.png", attentions[sites[0]], tokens, sites, cosines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def test_commands_use_options_that_exist(program):
     done = run_cli(f"{program}.py", "--help", COLUMNS="200")
     known = set(re.findall(r"(?<!\S)--[a-z-]+", done.stdout))
     for page, text in PAGES.items():
-        for command in re.findall(rf"python {program}\.py[^`\n#]*", text):
+        for command in re.findall(rf"python {program}\.py[^`\n#]*", text.replace("\\\n", "")):
             options = re.findall(r"(?<!\S)--[a-z-]+", command)
             assert set(options) <= known, (page, command)
 
