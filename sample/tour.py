@@ -97,8 +97,12 @@ def show_hyper_embeddings(model, task):
     same_block = networks.block_ids[:, None] == networks.block_ids
     of_layer = cosines[same_layer & ~same_block].mean()
     of_block = cosines[same_block & ~same_layer].mean()
+    # Positions with the same I would receive the same keys and values.
+    common = hyper.mean(2, keepdim=True)
+    differs = (hyper - common).norm() / hyper.norm()
     show("eq. (1): hyper-embedding I of every site", f"[sites, 1, N, d_I] = {list(hyper.shape)}",
-         f"mean cosine of two sites of a layer {of_layer:.3f}, of a block type {of_block:.3f}")
+         f"mean cosine of two sites of a layer {of_layer:.3f}, of a block type {of_block:.3f}",
+         f"part of I that differs between positions {differs:.3f}")
     return cosines.cpu()
 
 
