@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -26,10 +27,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 
 import data
 import train
-from hyperpelt import HyperPELT
+from hyperpelt import ATTENTION_BLOCKS, HyperPELT, HyperPELTConfig, count
+from t5 import T5, T5Config
 
 SAMPLE = Path(__file__).resolve().parent
 ROOT = SAMPLE.parent
@@ -108,6 +111,26 @@ def hyper_embedding():
                       f"--epochs 3 --eval-every 375 {options}".strip())
 
 
+def budgets():
+    """Prefixes against adapters with about the same number of trained parameters."""
+    for seed in range(3):
+        for length, bottleneck in ((1, 1), (8, 3), (49, 16)):
+            for method, sizes in (
+                ("hyperprefix", f"prefix_length={length}"),
+                ("hyperadapter", f"prefix_length=1 bottleneck={bottleneck}"),
+            ):
+                settings = f"{best_settings('ladder-tuning', method)} --set {sizes}"
+                yield Job("budgets", f"{method} {sizes}", "rte", seed, settings)
+
+
+def blocks():
+    """Prefixes in one kind of attention only; in all of them: the ladder's hyperprefix."""
+    for seed in range(3):
+        for block in ATTENTION_BLOCKS:
+            settings = f"{best_settings('ladder-tuning', 'hyperprefix')} --set"
+            yield Job("blocks", block, "rte", seed, f"{settings} 'prefix_blocks={block}'")
+
+
 def vision():
     """What an image gives: the sample's questions, by their type."""
     for seed in range(3):
@@ -118,7 +141,8 @@ def vision():
 # These take --model and --data-dir. The others use the sample.
 ON_REAL_DATA = ("speed",)
 EXPERIMENTS = {"speed": speed, "ladder-tuning": ladder_tuning, "ladder": ladder,
-               "hyper-embedding": hyper_embedding, "vision": vision}
+               "hyper-embedding": hyper_embedding, "budgets": budgets, "blocks": blocks,
+               "vision": vision}
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -129,7 +153,7 @@ def run_job(job, options):
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "train", "--run", folder]
     settings = ["--task", job.tasks, "--seed", str(job.seed), "--protocol", "official",
-                *job.settings.split()]
+                *shlex.split(job.settings)]
     if job.experiment in ON_REAL_DATA:
         settings += options
     # More threads would add up in another order, so that the numbers would differ.
@@ -290,6 +314,24 @@ def hyper_embedding_table():
         yield variant, spread(values), "" if values is whole else difference(values, whole)
 
 
+def budgets_table():
+    yield "method and sizes", "trained parameters", "test accuracy"
+    t5_config = T5Config.from_file(SAMPLE / "mini-t5" / "config.json")
+    for (_, label), by_seed in curves("budgets", test=True).items():
+        method, *sizes = label.split()
+        values = {name: int(size) for name, size in (text.split("=") for text in sizes)}
+        with torch.device("meta"):
+            model = HyperPELT(T5(t5_config), ["rte"], HyperPELTConfig(method, **values))
+        trained = count(model.trained().values())
+        yield f"`{method}`, {', '.join(sizes)}", f"{trained:,}", spread(last_values(by_seed))
+
+
+def blocks_table():
+    yield "prefixes in", "test accuracy"
+    for (_, block), by_seed in curves("blocks", test=True).items():
+        yield block, spread(last_values(by_seed))
+
+
 def vision_table():
     """The accuracy of every mode on every type of question."""
     values = defaultdict(list)
@@ -323,7 +365,7 @@ def draw_ladder():
 
 
 TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper_embedding_table,
-          "vision": vision_table}
+          "budgets": budgets_table, "blocks": blocks_table, "vision": vision_table}
 
 
 def markdown(rows):
