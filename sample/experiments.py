@@ -1,8 +1,8 @@
 """The paper's claims on a small scale: train, record, print.
 
-    python sample/experiments.py run --model T5 --data-dir DIR              # all; 40 core-hours
-    python sample/experiments.py run speed --model T5 --data-dir DIR --jobs 1
-    python sample/experiments.py print          # tables from results.tsv into RESULTS.md
+    python sample/experiments.py run --model T5 --data-dir DIR      # all jobs that are missing
+    python sample/experiments.py run ladder-tuning ladder           # these two, on the sample
+    python sample/experiments.py print          # tables of RESULTS.md and figures/ladder.png
 
 A job is one run of train.py on one core. When it has ended, each of its evaluations is a line of
 results.tsv. A job with lines there is not run again, and one that was interrupted goes on: the same
@@ -10,7 +10,6 @@ command continues where it stopped.
 """
 import argparse
 import csv
-import dataclasses
 import functools
 import json
 import os
@@ -21,7 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,9 +38,7 @@ ROOT = SAMPLE.parent
 RUNS = ROOT / "runs" / "experiments"
 RESULTS = SAMPLE / "results.tsv"
 ANNOTATIONS = SAMPLE / "vqa" / "v2_mscoco_val2014_annotations.json"
-COLUMNS = ("experiment", "method", "tasks", "seed", "settings", "step", "metric", "value",
-           "seconds", "commit")
-FIRST_EDITION = "--set hyper_norm=false --norm-rate 1 --warmup-steps 10 --lr 2e-3"
+JOB_COLUMNS = ("experiment", "method", "tasks", "seed", "settings")
 
 
 @dataclass(frozen=True)
@@ -60,44 +57,44 @@ class Job:
 
 # ---- the experiments -----------------------------------------------------------------------------
 
+FIRST_EDITION = "--set hyper_norm=false --norm-rate 1 --warmup-steps 10 --lr 2e-3"
+FULL = "--method full --lr 3e-4 --norm-rate 1"
+RUNGS = ("norms", "prefix", "adapter", "mam", "hyperprefix", "hyperadapter", "hyperpelt")
+LADDER = "--protocol paper --epochs 3 --eval-every 25"
+
+
 def speed():
-    """How fast the defaults learn, before and after, and full fine-tuning."""
-    full = "--method full --lr 3e-4 --norm-rate 1"
-    methods = (("hyperpelt", "", 3), ("first edition", FIRST_EDITION, 3), ("full", full, 1))
+    """How fast the defaults learn, before and after, and full fine-tuning (one seed)."""
     for seed in range(3):
         for task, every in (("stsb", 60), ("mrpc", 46), ("rte", 39)):
-            for method, options, seeds in methods:
-                if seed < seeds:
-                    common = f"--epochs 3 --eval-every {every} --max-eval-examples 500"
-                    yield Job("speed", method, task, seed, f"{common} {options}".strip())
-
-
-RUNGS = ("norms", "prefix", "adapter", "mam", "hyperprefix", "hyperadapter", "hyperpelt")
-RATES = ("3e-4", "1e-3", "3e-3")
-LADDER = "--protocol paper --epochs 3 --eval-every 25"
+            common = f"--epochs 3 --eval-every {every} --max-eval-examples 500"
+            yield Job("speed", "hyperpelt", task, seed, common)
+            yield Job("speed", "first edition", task, seed, f"{common} {FIRST_EDITION}")
+            if seed == 0:
+                yield Job("speed", "full", task, seed, f"{common} {FULL}")
 
 
 def ladder_tuning():
     """The sample's `rte`: three learning rates for every rung, on the validation examples."""
     for rung in RUNGS:
-        for rate in RATES:
+        for rate in ("3e-4", "1e-3", "3e-3"):
             yield Job("ladder-tuning", rung, "rte", 100, f"--method {rung} --lr {rate} {LADDER}")
 
 
+def tuned(rung):
+    """-> settings with the rate that has the highest accuracy after the last step."""
+    last = {row["settings"]: float(row["value"]) for row in read_results("ladder-tuning")
+            if row["method"] == rung and row["step"] != "best"}
+    if not last:
+        raise data.UserError(f"{RESULTS}: found no ladder-tuning of {rung}, run it first")
+    return max(sorted(last), key=last.get)
+
+
 def ladder():
-    """Every rung at its best rate. The test examples were used for nothing else."""
+    """Every rung at its best rate. Nothing is chosen on the test examples."""
     for seed in range(3):
         for rung in RUNGS:
-            settings = best_settings("ladder-tuning", rung)
-            yield Job("ladder", rung, "rte", seed, settings)
-
-
-def best_settings(experiment, method):
-    """-> settings of the run of a method with the highest value at its last evaluation."""
-    rows = [row for row in read_results() if row["experiment"] == experiment
-            and row["method"] == method and row["step"] != "best"]
-    last = {row["settings"]: float(row["value"]) for row in rows}
-    return max(last, key=last.get)
+            yield Job("ladder", rung, "rte", seed, tuned(rung))
 
 
 def hyper_embedding():
@@ -107,27 +104,26 @@ def hyper_embedding():
                 "one row": "--set per_position=false"}
     for seed in range(3):
         for variant, options in variants.items():
-            yield Job("hyper-embedding", variant, "rte,sst2", seed,
-                      f"--epochs 3 --eval-every 375 {options}".strip())
+            settings = f"--epochs 3 --eval-every 375 {options}".strip()
+            yield Job("hyper-embedding", variant, "rte,sst2", seed, settings)
 
 
 def budgets():
     """Prefixes against adapters with about the same number of trained parameters."""
+    sizes = ("hyperprefix prefix_length=1", "hyperadapter prefix_length=1 bottleneck=1",
+             "hyperprefix prefix_length=8", "hyperadapter prefix_length=1 bottleneck=3",
+             "hyperprefix prefix_length=49", "hyperadapter prefix_length=1 bottleneck=16")
     for seed in range(3):
-        for length, bottleneck in ((1, 1), (8, 3), (49, 16)):
-            for method, sizes in (
-                ("hyperprefix", f"prefix_length={length}"),
-                ("hyperadapter", f"prefix_length=1 bottleneck={bottleneck}"),
-            ):
-                settings = f"{best_settings('ladder-tuning', method)} --set {sizes}"
-                yield Job("budgets", f"{method} {sizes}", "rte", seed, settings)
+        for label in sizes:
+            method, values = label.split(" ", 1)
+            yield Job("budgets", label, "rte", seed, f"{tuned(method)} --set {values}")
 
 
 def blocks():
-    """Prefixes in one kind of attention only; in all of them: the ladder's hyperprefix."""
+    """Prefixes in one kind of attention only."""
+    settings = f"{tuned('hyperprefix')} --set"
     for seed in range(3):
         for block in ATTENTION_BLOCKS:
-            settings = f"{best_settings('ladder-tuning', 'hyperprefix')} --set"
             yield Job("blocks", block, "rte", seed, f"{settings} 'prefix_blocks={block}'")
 
 
@@ -135,11 +131,10 @@ def vision():
     """What an image gives: the sample's questions, by their type."""
     for seed in range(3):
         for mode in ("both", "prefix", "adapter", "tokens", "shuffled"):
-            yield Job("vision", mode, "vqa", seed, f"--vision {mode}")
+            settings = f"--vision {mode} --eval-every 10000"
+            yield Job("vision", mode, "vqa", seed, settings)
 
 
-# These take --model and --data-dir. The others use the sample.
-ON_REAL_DATA = ("speed",)
 EXPERIMENTS = {"speed": speed, "ladder-tuning": ladder_tuning, "ladder": ladder,
                "hyper-embedding": hyper_embedding, "budgets": budgets, "blocks": blocks,
                "vision": vision}
@@ -147,46 +142,55 @@ EXPERIMENTS = {"speed": speed, "ladder-tuning": ladder_tuning, "ladder": ladder,
 
 # ---- running -------------------------------------------------------------------------------------
 
+def run(names, real, workers):
+    """Run the jobs that results.tsv lacks. `real`: options of those on real data."""
+    for name in names:
+        done = {tuple(row[column] for column in JOB_COLUMNS) for row in read_results(name)}
+        jobs = [job for job in EXPERIMENTS[name]() if tuple(map(str, astuple(job))) not in done]
+        print(f"{name}: {len(jobs)} jobs are left", flush=True)
+        options = real if name == "speed" else []
+        with ThreadPoolExecutor(workers) as pool:
+            failed = sum(pool.map(functools.partial(run_job, options=options), jobs))
+        if failed:
+            raise data.UserError(f"{failed} jobs failed")
+
+
 def run_job(job, options):
-    """Train, and add the evaluations to results.tsv."""
+    """Train, and add the evaluations to results.tsv -> whether it failed."""
     folder = job.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                         text=True)
     command = [sys.executable, __file__, "train", "--run", folder]
-    settings = ["--task", job.tasks, "--seed", str(job.seed), "--protocol", "official",
-                *shlex.split(job.settings)]
-    if job.experiment in ON_REAL_DATA:
-        settings += options
+    settings = ["--resume", "--task", job.tasks, "--seed", str(job.seed), "--protocol", "official",
+                *shlex.split(job.settings), *options]
     # More threads would add up in another order, so that the numbers would differ.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     with open(f"{folder}.log", "w") as log:
         call = functools.partial(subprocess.run, cwd=ROOT, stdout=log, stderr=log, env=environment)
-        failed = call([*command, "--resume", *settings]).returncode
+        failed = call([*command, *settings]).returncode
         if job.tasks == "vqa" and not failed:
             failed = call([*command, "--predict", "validation"]).returncode
-    if failed:
-        return print(f"{folder}: failed, see {folder}.log")
-
     seconds = round(time.perf_counter() - start)
+    if failed:
+        print(f"{folder}: failed, see {folder}.log", flush=True)
+        return True
+
+    rows = [[*astuple(job), step, metric, f"{value:.4f}", seconds, git.stdout.strip()]
+            for step, metric, value in read_evaluations(folder)]
     with open(RESULTS, "a", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        for step, metric, value in read_evaluations(folder):
-            writer.writerow([*dataclasses.astuple(job), step, metric, f"{value:.4f}", seconds,
-                             commit()])
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
     print(f"{folder}: {seconds} s", flush=True)
-
-
-def commit():
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                          text=True)
-    return done.stdout.strip()
+    return False
 
 
 def train_changed(arguments):
     """train.py, with two more options: embeddings that are 0, or stay as they were drawn."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--zero", nargs="+", default=[])
-    parser.add_argument("--freeze", nargs="+", default=[])
+    tables = ("task", "layer", "block")
+    parser.add_argument("--zero", nargs="+", default=[], choices=tables)
+    parser.add_argument("--freeze", nargs="+", default=[], choices=tables)
     changes, sys.argv[1:] = parser.parse_known_args(arguments)
 
     class Changed(HyperPELT):
@@ -200,7 +204,7 @@ def train_changed(arguments):
                     parameter.requires_grad_(False)
 
     train.HyperPELT = Changed
-    data.run(train.main)
+    train.main()
 
 
 def read_evaluations(folder):
@@ -211,62 +215,58 @@ def read_evaluations(folder):
         for task, by_split in row.get("validation", {}).items():
             for metric, value in by_split["validation"].items():
                 yield row["step"], f"{task} {metric}", value
+
     result = json.loads((folder / "metrics.json").read_text())
     for task, by_split in result["metrics"].items():
         for metric, value in by_split.get("test", {}).items():
             yield "best", f"{task} {metric}, test", value
+
     predictions = folder / "validation-VQAv2.json"
     if predictions.exists():
         answers = {row["question_id"]: row["answer"] for row in json.loads(predictions.read_text())}
         right = defaultdict(list)
         for row in json.loads(ANNOTATIONS.read_text())["annotations"]:
-            accuracy = answers[row["question_id"]] == row["multiple_choice_answer"]
-            right[row["question_type"]].append(accuracy)
+            is_right = answers[row["question_id"]] == row["multiple_choice_answer"]
+            right["all"].append(is_right)
+            right[row["question_type"]].append(is_right)
         for question_type, values in right.items():
-            yield "best", f"vqa type {question_type}", np.mean(values)
+            yield "best", f"vqa, {question_type}", np.mean(values)
 
 
-def read_results():
+def read_results(experiment):
+    """-> lines of results.tsv: of these, the ones of an experiment."""
     with open(RESULTS, newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
-
-
-def run(names, options, workers):
-    for name in names:
-        done = {tuple(row[column] for column in COLUMNS[:5]) for row in read_results()}
-        jobs = [job for job in EXPERIMENTS[name]()
-                if tuple(map(str, dataclasses.astuple(job))) not in done]
-        print(f"{name}: {len(jobs)} jobs are left", flush=True)
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(functools.partial(run_job, options=options), jobs))
+        return [row for row in csv.DictReader(file, delimiter="\t")
+                if row["experiment"] == experiment]
 
 
 # ---- tables and a picture ------------------------------------------------------------------------
 
 def curves(experiment, test=False):
-    """-> {(tasks, method): {seed: {step: value}}}, a value being the mean over the tasks of the
-    mean of their metrics on validation; test: of the best checkpoint on test."""
+    """-> {(tasks, method): {seed: {step: value}}}. A value is the mean over the tasks of the mean
+    of their metrics on validation; test: of the best checkpoint on test."""
     metrics = defaultdict(lambda: defaultdict(list))
-    for row in read_results():
-        if row["experiment"] == experiment and test == row["metric"].endswith(", test"):
-            place = (row["tasks"], row["method"]), int(row["seed"]), row["step"]
+    for row in read_results(experiment):
+        if test == (row["step"] == "best"):
+            place = row["tasks"], row["method"], int(row["seed"]), row["step"]
             metrics[place][row["metric"].split()[0]].append(float(row["value"]))
-    found = defaultdict(lambda: defaultdict(dict))
-    for (run, seed, step), by_task in metrics.items():
-        step = step if test else int(step)
-        found[run][seed][step] = np.mean([np.mean(values) for values in by_task.values()])
-    return found
+    found = {}
+    for (tasks, method, seed, step), by_task in metrics.items():
+        by_seed = found.setdefault((tasks, method), {})
+        value = np.mean([np.mean(values) for values in by_task.values()])
+        by_seed.setdefault(seed, {})[step] = value
+    return {run: dict(sorted(by_seed.items())) for run, by_seed in found.items()}
 
 
 def last_values(by_seed):
     """{seed: {step: value}} -> the last value of each seed."""
-    return np.array([list(by_step.values())[-1] for _, by_step in sorted(by_seed.items())])
+    return np.array([list(by_step.values())[-1] for by_step in by_seed.values()])
 
 
 def first_steps(by_seed, goal):
     """-> for each seed, the step of the first evaluation that reaches the goal, or a dash."""
-    return " ".join(next((str(step) for step, value in by_step.items() if value >= goal), "-")
-                    for _, by_step in sorted(by_seed.items()))
+    return " ".join(next((step for step, value in by_step.items() if value >= goal), "-")
+                    for by_step in by_seed.values())
 
 
 def spread(values):
@@ -276,42 +276,43 @@ def spread(values):
     return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
 
 
-def difference(values, others):
-    """Of the same seeds -> mean difference and its standard error in percent."""
-    paired = 100 * (values - others)
+def difference(by_seed, others):
+    """-> mean difference of the last values of the same seeds, and its standard error, in
+    percent. Empty for a run and itself."""
+    if by_seed is others:
+        return ""
+    if by_seed.keys() != others.keys():
+        raise data.UserError(f"{RESULTS}: found seeds {[*by_seed]}, expected {[*others]}")
+    paired = 100 * (last_values(by_seed) - last_values(others))
     return f"{paired.mean():+.1f} ± {np.std(paired, ddof=1) / len(paired) ** 0.5:.1f}"
 
 
 def speed_table():
     yield "task", "method", "seeds", "95 % of full's last value at step", "last value"
     found = curves("speed")
-    for task, method in found:
+    for (task, method), by_seed in found.items():
         goal = 0.95 * last_values(found[task, "full"]).mean()
-        by_seed = found[task, method]
-        yield (task, method, str(len(by_seed)), first_steps(by_seed, goal),
-               spread(last_values(by_seed)))
+        seeds = " ".join(map(str, by_seed))
+        yield task, method, seeds, first_steps(by_seed, goal), spread(last_values(by_seed))
 
 
 def ladder_table():
-    yield ("rung", "learning rate", "test accuracy", "difference to hyperpelt",
-           "0.9 on validation at step")
+    yield "rung", "rate", "test accuracy", "minus hyperpelt", "90 % on validation at step"
     test, validation = curves("ladder", test=True), curves("ladder")
-    best = last_values(test["rte", "hyperpelt"])
     for rung in RUNGS:
-        rate = re.search("--lr ([^ ]+)", best_settings("ladder-tuning", rung))[1]
-        values = last_values(test["rte", rung])
-        yield (f"`{rung}`", rate, spread(values),
-               "" if rung == "hyperpelt" else difference(values, best),
+        by_seed = test["rte", rung]
+        rate = re.search("--lr (.*?) ", tuned(rung))[1]
+        yield (f"`{rung}`", rate, spread(last_values(by_seed)),
+               difference(by_seed, test["rte", "hyperpelt"]),
                first_steps(validation["rte", rung], 0.9))
 
 
 def hyper_embedding_table():
-    yield "variant", "mean of both tasks", "difference to hyperpelt"
+    yield "variant", "mean of both tasks", "minus hyperpelt"
     found = curves("hyper-embedding")
-    whole = last_values(found["rte,sst2", "hyperpelt"])
     for (_, variant), by_seed in found.items():
-        values = last_values(by_seed)
-        yield variant, spread(values), "" if values is whole else difference(values, whole)
+        whole = found["rte,sst2", "hyperpelt"]
+        yield variant, spread(last_values(by_seed)), difference(by_seed, whole)
 
 
 def budgets_table():
@@ -328,22 +329,38 @@ def budgets_table():
 
 def blocks_table():
     yield "prefixes in", "test accuracy"
+    rungs = curves("ladder", test=True)
+    yield "no attention (`norms`)", spread(last_values(rungs["rte", "norms"]))
     for (_, block), by_seed in curves("blocks", test=True).items():
         yield block, spread(last_values(by_seed))
+    yield "all three (`hyperprefix`)", spread(last_values(rungs["rte", "hyperprefix"]))
 
 
 def vision_table():
-    """The accuracy of every mode on every type of question."""
-    values = defaultdict(list)
-    for row in read_results():
-        if row["experiment"] == "vision" and "type" in row["metric"]:
-            values[row["method"], row["metric"].split("type ")[1]].append(float(row["value"]))
-    types = list(dict.fromkeys(question_type for _, question_type in values))
-    yield "mode", "all", *types
-    found = curves("vision")
-    for _, mode in found:
-        of_types = [spread(values[mode, question_type]) for question_type in types]
-        yield mode, spread(last_values(found["vqa", mode])), *of_types
+    values = defaultdict(lambda: defaultdict(list))
+    for row in read_results("vision"):
+        if row["step"] == "best":
+            question_type = row["metric"].removeprefix("vqa, ")
+            values[row["method"]][question_type].append(float(row["value"]))
+    yield "mode", *next(iter(values.values()))
+    for mode, by_type in values.items():
+        yield mode, *map(spread, by_type.values())
+
+
+TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper_embedding_table,
+          "budgets": budgets_table, "blocks": blocks_table, "vision": vision_table}
+
+
+def fill(page):
+    """A page with its tables between <!-- NAME --> and <!-- end --> made anew."""
+    for name in re.findall("<!-- (.*) -->\n", page):
+        if name in TABLES:
+            header, *rows = TABLES[name]()
+            lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+            between = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            table = "\n".join(lines)
+            page = between.sub(rf"\1\n{table}\n\n\2", page)
+    return page
 
 
 def draw_ladder():
@@ -355,7 +372,7 @@ def draw_ladder():
     found = curves("ladder")
     for rung in RUNGS:
         runs = np.array([list(by_step.values()) for by_step in found["rte", rung].values()])
-        steps = list(next(iter(found["rte", rung].values())))
+        steps = [int(step) for step in next(iter(found["rte", rung].values()))]
         axes.plot(steps, runs.mean(0), label=rung)
         axes.fill_between(steps, runs.min(0), runs.max(0), alpha=0.1)
     axes.set(xlabel="step", ylabel="accuracy on validation")
@@ -364,42 +381,29 @@ def draw_ladder():
     figure.savefig(SAMPLE / "figures" / "ladder.png", dpi=100)
 
 
-TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper_embedding_table,
-          "budgets": budgets_table, "blocks": blocks_table, "vision": vision_table}
-
-
-def markdown(rows):
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * lines[0].count(" | ") + " --- |", *lines[1:]])
-
-
-def fill(page):
-    """A page with its tables between <!-- NAME --> and <!-- end --> made anew."""
-    for name, make_table in TABLES.items():
-        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        filled = markdown(make_table())
-        page = between.sub(rf"\1\n{filled}\n\n\2", page)
-    return page
-
-
 # ---- the command line ----------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Run experiments, or print their tables.")
-    parser.add_argument("command", choices=["run", "print", "train"])
-    parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default: 2")
     if sys.argv[1:2] == ["train"]:
         return train_changed(sys.argv[2:])
-    args, options = parser.parse_known_args()
-    if unknown := set(args.names) - EXPERIMENTS.keys():
+    parser = argparse.ArgumentParser(description="Run experiments, or print their tables.")
+    parser.add_argument("command", choices=["run", "print"])
+    parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--model", default="", help="of speed: folder of a T5")
+    parser.add_argument("--data-dir", default="", help="of speed: folder of GLUE's files")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default: 2")
+    args = parser.parse_intermixed_args()
+    names = args.names or list(EXPERIMENTS)
+    if unknown := set(names) - EXPERIMENTS.keys():
         parser.error(f"found {', '.join(unknown)}, expected some of {', '.join(EXPERIMENTS)}")
     if args.command == "run":
-        run(args.names or EXPERIMENTS, options, args.jobs)
+        if "speed" in names and not (args.model and args.data_dir):
+            parser.error("speed needs --model and --data-dir")
+        return run(names, ["--model", args.model, "--data-dir", args.data_dir], args.jobs)
     page = SAMPLE / "RESULTS.md"
     page.write_text(fill(page.read_text()))
     draw_ladder()
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

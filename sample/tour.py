@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import data
 import train
 from hyperpelt import ATTENTION_BLOCKS, FFN_BLOCKS
+from t5 import ENCODER_SELF
 
 
 def show(title, *lines):
@@ -123,12 +124,13 @@ def main():
     show(f"the example: {example.source}", f"ids [1, S] = {list(input_ids.shape)}")
     cosines = show_hyper_embeddings(model, name)
     weights, networks = model.generate_weights(name), model.hypernetworks
-    attentions, ratios = watch(model, input_ids, labels, model.inject(weights, features))
+    injected = model.inject(weights, features)
+    attentions, ratios = watch(model, input_ids, labels, injected)
     keys, values = weights[networks.attentions[0]]
     show(f"eq. (2): P_k, P_v of {networks.attentions[0][0]}, layer 0: [1, H, N, K]",
          f"{list(keys.shape)}, standard deviation {keys.std():.2f} and {values.std():.2f}")
-    length = model.config.prefix_length
-    shares = {site: attention[:, :length].sum(1).mean() for site, attention in attentions.items()}
+    shares = {site: attention[:, :injected["sites"][site].length].sum(1).mean()
+              for site, attention in attentions.items()}
     show_layers("eq. (3): share of the attention on the prefix", shares, ATTENTION_BLOCKS)
     *adapter, scale = weights[networks.ffns[0]]
     show(f"eq. (4): W_down, b_down, W_up, b_up of encoder FFN, layer 0; lambda {scale.item():.3f}",
@@ -137,7 +139,9 @@ def main():
     show("output", f"before training {before!r}, after {after!r}; the label is {example.target!r}")
     sites = networks.attentions + networks.ffns
     tokens = [run.tokenizer.names[i] for i in input_ids[0]]
-    draw(run.folder / "tour.png", attentions[sites[0]], tokens, sites, cosines)
+    # The rows and columns of this picture are tokens of the text.
+    if sites[0][0] == ENCODER_SELF and model.image_tokens is None:
+        draw(run.folder / "tour.png", attentions[sites[0]], tokens, sites, cosines)
 
 
 if __name__ == "__main__":

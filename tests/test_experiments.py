@@ -1,6 +1,9 @@
 """The small-scale experiments: what is run, recorded and printed."""
+import re
+import shlex
 import sys
 
+import pytest
 import safetensors.torch
 from conftest import SAMPLE, run_cli
 
@@ -13,6 +16,10 @@ TINY = "--max-steps 2 --max-train-examples 40 --max-eval-examples 8"
 def test_the_tables_of_the_page_come_from_the_results():
     page = (SAMPLE / "RESULTS.md").read_text()
     assert "| `hyperpelt` | " in page and experiments.fill(page) == page
+    printed = {name for name in experiments.TABLES if f"<!-- {name} -->" in page}
+    with open(experiments.RESULTS) as file:
+        recorded = {line.split("\t")[0] for line in file} - {"experiment", "ladder-tuning"}
+    assert printed == recorded
 
 
 def test_a_job_is_run_and_recorded_once(tmp_path, monkeypatch, capsys):
@@ -24,14 +31,26 @@ def test_a_job_is_run_and_recorded_once(tmp_path, monkeypatch, capsys):
     jobs.append(experiments.Job("tiny", "wrong", "rte", 0, "--method wrong"))
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": lambda: jobs})
     (tmp_path / "results.tsv").write_text(header + "\n")
-    experiments.run(["tiny"], [], 2)
-    recorded = experiments.read_results()
-    experiments.run(["tiny"], [], 2)
-    assert experiments.read_results() == recorded
-    assert [row["seed"] for row in recorded] in (["0", "1"], ["1", "0"])
-    assert all(row["step"] == "2" and row["metric"] == "rte accuracy" for row in recorded)
-    printed = capsys.readouterr().out
-    assert "tiny: 3 jobs" in printed and "tiny: 1 jobs" in printed and "wrong-0: failed" in printed
+    for left in (3, 1):
+        with pytest.raises(experiments.data.UserError, match="1 jobs failed"):
+            experiments.run(["tiny"], [], 2)
+        printed = capsys.readouterr().out
+        assert f"tiny: {left} jobs" in printed and "wrong-0: failed" in printed
+        recorded = experiments.read_results("tiny")
+        assert sorted(row["seed"] for row in recorded) == ["0", "1"]
+        assert all(row["step"] == "2" and row["metric"] == "rte accuracy" for row in recorded)
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_train_takes_the_settings_of_every_job(name):
+    parser = experiments.train.make_parser()
+    jobs = list(experiments.EXPERIMENTS[name]())
+    for job in jobs:
+        settings = re.sub("--(zero|freeze) [a-z ]+", "", job.settings)
+        args = parser.parse_args(["--task", job.tasks, *shlex.split(settings)])
+        experiments.train.make_config(args, visual_width=0)
+        experiments.data.find_tasks(job.tasks)
+    assert len({job.folder for job in jobs}) == len(jobs)
 
 
 def test_an_embedding_can_be_zero_or_frozen(tmp_path):
@@ -43,15 +62,22 @@ def test_an_embedding_can_be_zero_or_frozen(tmp_path):
 
 
 def test_differences_are_paired():
-    steps = {0: {10: 0.1, 20: 0.5}, 1: {10: 0.2, 20: 0.7}}
-    others = {1: {20: 0.6}, 0: {20: 0.4}}
-    values = experiments.last_values(steps)
-    assert experiments.difference(values, experiments.last_values(others)) == "+10.0 ± 0.0"
-    assert experiments.spread(values) == "60.0 ± 14.1"
+    steps = {0: {"10": 0.1, "20": 0.5}, 1: {"10": 0.2, "20": 0.7}}
+    others = {0: {"20": 0.4}, 1: {"20": 0.6}}
+    assert experiments.difference(steps, others) == "+10.0 ± 0.0"
+    assert experiments.difference(steps, {0: {"20": 0.4}, 1: {"20": 0.5}}) == "+15.0 ± 5.0"
+    assert experiments.difference(steps, steps) == ""
+    with pytest.raises(experiments.data.UserError, match="found seeds"):
+        experiments.difference(steps, {0: {"20": 0.4}})
+    assert experiments.spread(experiments.last_values(steps)) == "60.0 ± 14.1"
     assert experiments.first_steps(steps, 0.15) == "20 10"
     assert experiments.first_steps(steps, 0.6) == "- 20"
 
 
-def test_an_unknown_experiment_is_a_short_error():
-    done = run_cli(SAMPLE / "experiments.py", "run", "slow")
-    assert done.returncode == 2 and "found slow, expected some of speed" in done.stderr
+@pytest.mark.parametrize("arguments, message", [
+    (["run", "slow"], "found slow, expected some of speed"),
+    (["run", "--jobs", "1", "speed"], "speed needs --model and --data-dir"),
+])
+def test_a_mistake_is_a_short_error(arguments, message):
+    done = run_cli(SAMPLE / "experiments.py", *arguments)
+    assert done.returncode == 2 and message in done.stderr

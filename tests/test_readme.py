@@ -81,3 +81,11 @@ def test_the_worked_example():
         outputs.append(((3 * k).softmax(2) * v).sum().item())
     assert outputs == [2.5, 1.0]
     assert "= 2.5 " in PAGES["README.md"] and "0.5 * -2 + 0.5 * 4 = 1\n" in PAGES["README.md"]
+
+
+@pytest.mark.parametrize("page", ["sample/RESULTS.md", "tests/README.md"])
+def test_a_section_with_numbers_in_a_table_names_a_command(page):
+    """Tables between <!-- NAME --> and <!-- end --> come from results.tsv: test_experiments.py."""
+    for section in PAGES[page].split("\n## ")[1:]:
+        if re.search(r"^\|.*\d", section, re.MULTILINE):
+            assert re.search(r"python \S+\.py|<!-- \w", section), section.splitlines()[0]

@@ -9,9 +9,13 @@ from pathlib import Path
 SAMPLE = Path(__file__).resolve().parent.parent
 
 
+# These change with every experiment.
+RESULTS = ("results.tsv", "ladder.png")
+
+
 def data_files(folder):
-    """Every file that is neither a page nor code."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """Every file that is neither a page nor code nor a result."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in RESULTS]
     return sorted(path for path in files if path.suffix not in (".md", ".py", ".pyc"))
 
 
