@@ -98,13 +98,15 @@ def show_hyper_embeddings(model, task):
     same_block = networks.block_ids[:, None] == networks.block_ids
     of_layer = cosines[same_layer & ~same_block].mean()
     of_block = cosines[same_block & ~same_layer].mean()
-    # Positions with the same I would receive the same keys and values.
-    common = hyper.mean(2, keepdim=True)
-    differs = (hyper - common).norm() / hyper.norm()
     show("eq. (1): hyper-embedding I of every site", f"[sites, 1, N, d_I] = {list(hyper.shape)}",
-         f"mean cosine of two sites of a layer {of_layer:.3f}, of a block type {of_block:.3f}",
-         f"part of I that differs between positions {differs:.3f}")
+         f"mean cosine of two sites of a layer {of_layer:.3f}, of a block type {of_block:.3f}")
     return cosines.cpu()
+
+
+def differs(model, weights):
+    """-> how much the keys of a prefix differ between its positions, relative to their size."""
+    keys = torch.stack([weights[site][0] for site in model.hypernetworks.attentions]).float()
+    return ((keys - keys.mean(3, keepdim=True)).norm() / keys.norm()).item()
 
 
 @torch.no_grad()
@@ -117,6 +119,7 @@ def main():
     model, (name, task) = run.model, next(iter(run.tasks.items()))
     example = run.splits[name]["validation"][0]
     before = train.generate_outputs(run, task, [example])[0]
+    differs_before = differs(model, model.generate_weights(name))
     train.load_best(run)
     after = train.generate_outputs(run, task, [example])[0]
     input_ids, features = train.make_inputs(run, [example])
@@ -128,7 +131,9 @@ def main():
     attentions, ratios = watch(model, input_ids, labels, injected)
     keys, values = weights[networks.attentions[0]]
     show(f"eq. (2): P_k, P_v of {networks.attentions[0][0]}, layer 0: [1, H, N, K]",
-         f"{list(keys.shape)}, standard deviation {keys.std():.2f} and {values.std():.2f}")
+         f"{list(keys.shape)}, standard deviation {keys.std():.2f} and {values.std():.2f}",
+         f"part of P_k that differs between positions: before training {differs_before:.3f},"
+         f" after {differs(model, weights):.3f}")
     shares = {site: attention[:, :injected["sites"][site].length].sum(1).mean()
               for site, attention in attentions.items()}
     show_layers("eq. (3): share of the attention on the prefix", shares, ATTENTION_BLOCKS)
