@@ -293,10 +293,12 @@ def difference(by_seed, others):
 def speed_table():
     yield "task", "method", "seeds", "95 % of full's last value at step", "last value"
     found = curves("speed")
-    for (task, method), by_seed in found.items():
-        goal = 0.95 * last_values(found[task, "full"]).mean()
+    for (task, method), by_seed in sorted(found.items()):
+        steps = "full not run"
+        if full := found.get((task, "full")):
+            steps = first_steps(by_seed, 0.95 * last_values(full).mean())
         seeds = " ".join(map(str, by_seed))
-        yield task, method, seeds, first_steps(by_seed, goal), spread(last_values(by_seed))
+        yield task, method, seeds, steps, spread(last_values(by_seed))
 
 
 def ladder_table():
