@@ -105,8 +105,27 @@ def show_hyper_embeddings(model, task):
 
 def differs(model, weights):
     """-> how much the keys of a prefix differ between its positions, relative to their size."""
-    keys = torch.stack([weights[site][0] for site in model.hypernetworks.attentions]).float()
-    return ((keys - keys.mean(3, keepdim=True)).norm() / keys.norm()).item()
+    keys = [weights[site][0] for site in model.hypernetworks.attentions]
+    keys = torch.stack(keys).float()                                # [sites, 1, H, N, K]
+    own = keys - keys.mean(3, keepdim=True)
+    return (own.norm() / keys.norm()).item()
+
+
+def show_prefixes(networks, weights, before, after):
+    site = networks.attentions[0]
+    keys, values = weights[site]
+    show(f"eq. (2): P_k, P_v of {site[0]}, layer 0: [1, H, N, K]",
+         f"{list(keys.shape)}, standard deviation {keys.std():.2f} and {values.std():.2f}",
+         "part of P_k that differs between positions:"
+         f" before training {before:.3f}, after {after:.3f}")
+
+
+def show_adapters(networks, weights, ratios):
+    *adapter, scale = weights[networks.ffns[0]]
+    shapes = [list(tensor.shape) for tensor in adapter]
+    show("eq. (4): W_down, b_down, W_up, b_up of encoder FFN, layer 0;"
+         f" lambda {scale.item():.3f}", *shapes)
+    show_layers("eq. (5), (6): norm of lambda A(u), relative to FFN(u)", ratios, FFN_BLOCKS)
 
 
 @torch.no_grad()
@@ -116,36 +135,40 @@ def main():
     if args.method != "hyperpelt":
         raise data.UserError(f"{folder}: found method {args.method}, expected hyperpelt")
     run = train.load_run(args)
-    model, (name, task) = run.model, next(iter(run.tasks.items()))
+    model, networks = run.model, run.model.hypernetworks
+    name, task = next(iter(run.tasks.items()))
     example = run.splits[name]["validation"][0]
-    before = train.generate_outputs(run, task, [example])[0]
+
+    # The same example before and after training.
+    output_before = train.generate_outputs(run, task, [example])[0]
     differs_before = differs(model, model.generate_weights(name))
     train.load_best(run)
-    after = train.generate_outputs(run, task, [example])[0]
+    output = train.generate_outputs(run, task, [example])[0]
+    weights = model.generate_weights(name)
+
+    # One pass of the T5 with what is generated.
     input_ids, features = train.make_inputs(run, [example])
-    labels = torch.tensor([run.tokenizer.encode(example.target)], device=run.device)
-    show(f"the example: {example.source}", f"ids [1, S] = {list(input_ids.shape)}")
-    cosines = show_hyper_embeddings(model, name)
-    weights, networks = model.generate_weights(name), model.hypernetworks
+    labels = train.make_labels(run, [example.target])
     injected = model.inject(weights, features)
     attentions, ratios = watch(model, input_ids, labels, injected)
-    keys, values = weights[networks.attentions[0]]
-    show(f"eq. (2): P_k, P_v of {networks.attentions[0][0]}, layer 0: [1, H, N, K]",
-         f"{list(keys.shape)}, standard deviation {keys.std():.2f} and {values.std():.2f}",
-         f"part of P_k that differs between positions: before training {differs_before:.3f},"
-         f" after {differs(model, weights):.3f}")
-    shares = {site: attention[:, :injected["sites"][site].length].sum(1).mean()
-              for site, attention in attentions.items()}
+    shares = {}
+    for site, attention in attentions.items():
+        prefix = attention[:, :injected["sites"][site].length]
+        shares[site] = prefix.sum(1).mean()
+
+    # Equation by equation.
+    show(f"the example: {example.source}", f"ids [1, S] = {list(input_ids.shape)}")
+    cosines = show_hyper_embeddings(model, name)
+    show_prefixes(networks, weights, differs_before, differs(model, weights))
     show_layers("eq. (3): share of the attention on the prefix", shares, ATTENTION_BLOCKS)
-    *adapter, scale = weights[networks.ffns[0]]
-    show(f"eq. (4): W_down, b_down, W_up, b_up of encoder FFN, layer 0; lambda {scale.item():.3f}",
-         *(list(tensor.shape) for tensor in adapter))
-    show_layers("eq. (5), (6): norm of lambda A(u), relative to FFN(u)", ratios, FFN_BLOCKS)
-    show("output", f"before training {before!r}, after {after!r}; the label is {example.target!r}")
+    show_adapters(networks, weights, ratios)
+    show("output", f"before training {output_before!r}, after {output!r};"
+                   f" the label is {example.target!r}")
+
+    # The rows and columns of the picture are tokens of the text.
     sites = networks.attentions + networks.ffns
-    tokens = [run.tokenizer.names[i] for i in input_ids[0]]
-    # The rows and columns of this picture are tokens of the text.
     if sites[0][0] == ENCODER_SELF and model.image_tokens is None:
+        tokens = [run.tokenizer.names[i] for i in input_ids[0]]
         draw(run.folder / "tour.png", attentions[sites[0]], tokens, sites, cosines)
 
 
