@@ -140,10 +140,10 @@ def main():
     example = run.splits[name]["validation"][0]
 
     # The same example before and after training.
-    output_before = train.generate_outputs(run, task, [example])[0]
+    before = train.generate_outputs(run, task, [example])[0]
     differs_before = differs(model, model.generate_weights(name))
     train.load_best(run)
-    output = train.generate_outputs(run, task, [example])[0]
+    after = train.generate_outputs(run, task, [example])[0]
     weights = model.generate_weights(name)
 
     # One pass of the T5 with what is generated.
@@ -162,8 +162,7 @@ def main():
     show_prefixes(networks, weights, differs_before, differs(model, weights))
     show_layers("eq. (3): share of the attention on the prefix", shares, ATTENTION_BLOCKS)
     show_adapters(networks, weights, ratios)
-    show("output", f"before training {output_before!r}, after {output!r};"
-                   f" the label is {example.target!r}")
+    show("output", f"before training {before!r}, after {after!r}; the label is {example.target!r}")
 
     # The rows and columns of the picture are tokens of the text.
     sites = networks.attentions + networks.ffns
