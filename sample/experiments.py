@@ -30,7 +30,7 @@ import torch
 
 import data
 import train
-from hyperpelt import ATTENTION_BLOCKS, HyperPELT, HyperPELTConfig, count
+from hyperpelt import ATTENTION_BLOCKS, METHODS, HyperPELT, HyperPELTConfig, count
 from t5 import T5, T5Config
 
 SAMPLE = Path(__file__).resolve().parent
@@ -61,6 +61,15 @@ FIRST_EDITION = "--set hyper_norm=false --norm-rate 1 --warmup-steps 10 --lr 2e-
 FULL = "--method full --lr 3e-4 --norm-rate 1"
 RUNGS = ("norms", "prefix", "adapter", "mam", "hyperprefix", "hyperadapter", "hyperpelt")
 AT_DEFAULT = "hyperpelt, default"
+THREE_EPOCHS = "--epochs 3 --eval-every 375"
+TOGETHER = {method: f"--method {method}" for method in METHODS if method != "hyperpelt"}
+TOGETHER |= {"prefix, per-task": "--method prefix --set sharing=per-task",
+             "LoRA": "--method norms --lora 8", "full": FULL}
+# The methods that are also trained on each task alone.
+ALONE = {"hyperpelt": "--method hyperpelt", "adapter": "--method adapter", "full": FULL}
+SIZES = (16, 64, 256)
+FEW = "--max-steps 200 --batch-size 16 --eval-every 200"
+ONLY_Z = "--freeze layer block hypernetworks t5 --lr 1e-2"
 LADDER = "--protocol paper --epochs 3 --eval-every 25"
 
 
@@ -107,8 +116,34 @@ def hyper_embedding():
                 "one row": "--set per_position=false"}
     for seed in range(3):
         for variant, options in variants.items():
-            settings = f"--epochs 3 --eval-every 375 {options}".strip()
+            settings = f"{THREE_EPOCHS} {options}".strip()
             yield Job("hyper-embedding", variant, "rte,sst2", seed, settings)
+
+
+def two_tasks():
+    """Two tasks of the sample in one model, by every method; `hyper-embedding` has HyperPELT's.
+    And each task in a model of its own, with as many passes over its examples."""
+    for seed in range(3):
+        for method, options in TOGETHER.items():
+            yield Job("two-tasks", method, "rte,sst2", seed, f"{options} {THREE_EPOCHS}")
+        for method, options in ALONE.items():
+            for task in ("rte", "sst2"):
+                yield Job("two-tasks", method, task, seed, f"{options} {THREE_EPOCHS}")
+
+
+def new_task():
+    """`rte` with few examples: from nothing, or from a run of `two-tasks` that has learned
+    `sst2`. The same 200 steps for all."""
+    for seed in range(3):
+        for method, options in ALONE.items():
+            source = Job("two-tasks", method, "sst2", seed, options).folder.relative_to(ROOT)
+            starts = {"": "", " from sst2": f"--init-from {source} --init-task sst2"}
+            if method == "hyperpelt":
+                starts[" from sst2, only z"] = f"{starts[' from sst2']} {ONLY_Z}"
+            for start, changes in starts.items():
+                for size in SIZES:
+                    settings = f"{options} {FEW} --max-train-examples {size} {changes}".strip()
+                    yield Job("new-task", f"{size} {method}{start}", "rte", seed, settings)
 
 
 def budgets():
@@ -139,8 +174,8 @@ def vision():
 
 
 EXPERIMENTS = {"speed": speed, "ladder-tuning": ladder_tuning, "ladder": ladder,
-               "hyper-embedding": hyper_embedding, "budgets": budgets, "blocks": blocks,
-               "vision": vision}
+               "hyper-embedding": hyper_embedding, "two-tasks": two_tasks, "new-task": new_task,
+               "budgets": budgets, "blocks": blocks, "vision": vision}
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -189,25 +224,42 @@ def run_job(job, options):
 
 
 def train_changed(arguments):
-    """train.py, with two more options: embeddings that are 0, or stay as they were drawn."""
+    """train.py with three more options: parts of the model that are 0, parts that stay as they
+    are, and LoRA of a rank on q and v, by peft."""
     parser = argparse.ArgumentParser(add_help=False)
-    tables = ("task", "layer", "block")
-    parser.add_argument("--zero", nargs="+", default=[], choices=tables)
-    parser.add_argument("--freeze", nargs="+", default=[], choices=tables)
+    parts = ("task", "layer", "block", "hypernetworks", "t5")
+    parser.add_argument("--zero", nargs="+", default=[], choices=parts[:3])
+    parser.add_argument("--freeze", nargs="+", default=[], choices=parts)
+    parser.add_argument("--lora", type=int)
     changes, sys.argv[1:] = parser.parse_known_args(arguments)
 
     class Changed(HyperPELT):
         def __init__(self, *args):
             super().__init__(*args)
-            for name, parameter in self.named_parameters():
-                table = name.split(".")[0]
-                if table in changes.zero:
+            if changes.lora:
+                add_lora(self, changes.lora)
+            for name, parameter in self.trained().items():
+                part = name.split(".")[0]
+                if part in changes.zero:
                     parameter.data.zero_()
-                if table in changes.zero + changes.freeze:
-                    parameter.requires_grad_(False)
+                if part in changes.zero + changes.freeze:
+                    # Without a gradient, AdamW moves nothing. The checkpoint still holds it.
+                    parameter.register_hook(torch.zeros_like)
 
     train.HyperPELT = Changed
     train.main()
+
+
+def add_lora(model, rank):
+    import peft
+
+    norms = model.trained()
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q", "v"])
+    peft.inject_adapter_in_model(config, model.t5)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in norms or "lora" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def read_evaluations(folder):
@@ -245,14 +297,15 @@ def read_results(experiment):
 
 # ---- tables and a picture ------------------------------------------------------------------------
 
-def curves(experiment, test=False):
-    """-> {(tasks, method): {seed: {step: value}}}. A value is the mean over the tasks of the mean
-    of their metrics on validation; test: of the best checkpoint on test."""
+def curves(experiment, test=False, task=""):
+    """-> {(tasks, method): {seed: {step: value}}}. A value is the mean over the tasks (task: of
+    this one) of the mean of their metrics on validation; test: of the best checkpoint on test."""
     metrics = defaultdict(lambda: defaultdict(list))
     for row in read_results(experiment):
-        if test == (row["step"] == "best"):
+        name = row["metric"].split()[0]
+        if test == (row["step"] == "best") and task in ("", name):
             place = row["tasks"], row["method"], int(row["seed"]), row["step"]
-            metrics[place][row["metric"].split()[0]].append(float(row["value"]))
+            metrics[place][name].append(float(row["value"]))
     found = {}
     for (tasks, method, seed, step), by_task in metrics.items():
         by_seed = found.setdefault((tasks, method), {})
@@ -274,6 +327,8 @@ def first_steps(by_seed, goal):
 
 def spread(values):
     """Numbers from 0 to 1 -> their mean and sample standard deviation in percent."""
+    if len(values) == 0:
+        return ""
     if len(values) == 1:
         return f"{100 * values[0]:.1f}"
     return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
@@ -321,6 +376,29 @@ def hyper_embedding_table():
         yield variant, spread(last_values(by_seed)), difference(by_seed, whole)
 
 
+def two_tasks_table():
+    yield "method", "mean", "minus hyperpelt", "`rte`", "`rte` alone", "`sst2`", "`sst2` alone"
+    found = {task: curves("hyper-embedding", task=task) | curves("two-tasks", task=task)
+             for task in ("", "rte", "sst2")}
+    whole = found[""]["rte,sst2", "hyperpelt"]
+    for method in ("hyperpelt", *TOGETHER):
+        by_seed = found[""]["rte,sst2", method]
+        runs = [found[task].get((tasks, method), {})
+                for task in ("rte", "sst2") for tasks in ("rte,sst2", task)]
+        yield (f"`{method}`", spread(last_values(by_seed)), difference(by_seed, whole),
+               *(spread(last_values(run)) for run in runs))
+
+
+def new_task_table():
+    yield "start", *(f"{size} examples" for size in SIZES)
+    rows = defaultdict(dict)
+    for (_, label), by_seed in curves("new-task").items():
+        size, _, start = label.partition(" ")
+        rows[start][int(size)] = spread(last_values(by_seed))
+    for start, cells in rows.items():
+        yield start, *(cells[size] for size in SIZES)
+
+
 def budgets_table():
     yield "method and sizes", "trained parameters", "test accuracy"
     t5_config = T5Config.from_file(SAMPLE / "mini-t5" / "config.json")
@@ -354,7 +432,8 @@ def vision_table():
 
 
 TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper_embedding_table,
-          "budgets": budgets_table, "blocks": blocks_table, "vision": vision_table}
+          "two-tasks": two_tasks_table, "new-task": new_task_table, "budgets": budgets_table,
+          "blocks": blocks_table, "vision": vision_table}
 
 
 def fill(page):

@@ -5,7 +5,11 @@ import sys
 
 import pytest
 import safetensors.torch
+import torch
 from conftest import SAMPLE, run_cli
+
+from hyperpelt import ATTENTION_BLOCKS, HyperPELT, HyperPELTConfig, list_sites
+from t5 import T5, T5Config
 
 sys.path.append(str(SAMPLE))
 import experiments
@@ -46,19 +50,41 @@ def test_train_takes_the_settings_of_every_job(name):
     parser = experiments.train.make_parser()
     jobs = list(experiments.EXPERIMENTS[name]())
     for job in jobs:
-        settings = re.sub("--(zero|freeze) [a-z ]+", "", job.settings)
+        settings = re.sub("--(zero|freeze|lora) [a-z0-9 ]+", "", job.settings)
         args = parser.parse_args(["--task", job.tasks, *shlex.split(settings)])
         experiments.train.make_config(args, visual_width=0)
         experiments.data.find_tasks(job.tasks)
     assert len({job.folder for job in jobs}) == len(jobs)
 
 
-def test_an_embedding_can_be_zero_or_frozen(tmp_path):
-    options = f"--zero task --freeze layer --run {tmp_path / 'run'} {TINY}".split()
-    done = run_cli(SAMPLE / "experiments.py", "train", *options)
+def train_changed(folder, options):
+    """-> what a run of two steps has trained."""
+    done = run_cli(SAMPLE / "experiments.py", "train", "--run", folder, *TINY.split(),
+                   *options.split())
     assert done.returncode == 0, done.stderr
-    trained = safetensors.torch.load_file(tmp_path / "run" / "best.safetensors")
-    assert "block" in trained and not {"task.rte", "layer"} & trained.keys()
+    return safetensors.torch.load_file(folder / "best.safetensors")
+
+
+def test_parts_can_be_zero_or_frozen(tmp_path):
+    trained = train_changed(tmp_path / "run", "--zero task --freeze layer t5")
+    t5 = T5.from_pretrained(SAMPLE / "mini-t5")
+    torch.manual_seed(0)
+    start = HyperPELT(t5, ["rte"], HyperPELTConfig()).trained()
+    norms = [name for name in start if name.startswith("t5.")]
+    assert len(norms) > 10 and not trained["task.rte"].any()
+    assert all(torch.equal(trained[name], start[name]) for name in ("layer", *norms))
+    assert not torch.equal(trained["block"], start["block"])
+
+
+def test_lora_is_trained_beside_the_norms(tmp_path):
+    trained = train_changed(tmp_path / "run", "--method norms --lora 2")
+    lora = [name for name in trained if "lora_B" in name]
+    norms = [name for name in trained if "norm" in name]
+    config = T5Config.from_file(SAMPLE / "mini-t5" / "config.json")
+    attentions = list_sites(config, ATTENTION_BLOCKS)
+    # q and v of every attention, each with two matrices.
+    assert len(lora) == 2 * len(attentions) and len(trained) == 4 * len(attentions) + len(norms)
+    assert all(trained[name].any() and trained[name].dtype == torch.float32 for name in lora)
 
 
 def test_differences_are_paired():
