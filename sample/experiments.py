@@ -11,6 +11,7 @@ command continues where it stopped.
 import argparse
 import csv
 import functools
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ import torch
 
 import data
 import train
-from hyperpelt import ATTENTION_BLOCKS, METHODS, HyperPELT, HyperPELTConfig, count
+from hyperpelt import ATTENTION_BLOCKS, HyperPELT, HyperPELTConfig, count
 from t5 import T5, T5Config
 
 SAMPLE = Path(__file__).resolve().parent
@@ -61,10 +62,7 @@ FIRST_EDITION = "--set hyper_norm=false --norm-rate 1 --warmup-steps 10 --lr 2e-
 FULL = "--method full --lr 3e-4 --norm-rate 1"
 RUNGS = ("norms", "prefix", "adapter", "mam", "hyperprefix", "hyperadapter", "hyperpelt")
 AT_DEFAULT = "hyperpelt, default"
-THREE_EPOCHS = "--epochs 3 --eval-every 375"
-TOGETHER = {method: f"--method {method}" for method in METHODS if method != "hyperpelt"}
-TOGETHER |= {"prefix, per-task": "--method prefix --set sharing=per-task",
-             "LoRA": "--method norms --lora 8", "full": FULL}
+FIVE_EPOCHS = "--epochs 5 --eval-every 625"
 # The methods that are also trained on each task alone.
 ALONE = {"hyperpelt": "--method hyperpelt", "adapter": "--method adapter", "full": FULL}
 SIZES = (16, 64, 256)
@@ -114,36 +112,38 @@ def hyper_embedding():
     variants = {"hyperpelt": "", "z = 0": "--zero task", "l = 0": "--zero layer",
                 "b = 0": "--zero block", "l, b frozen": "--freeze layer block",
                 "one row": "--set per_position=false"}
-    for seed in range(3):
-        for variant, options in variants.items():
-            settings = f"{THREE_EPOCHS} {options}".strip()
+    for variant, options in variants.items():
+        for seed in range(3):
+            settings = f"{FIVE_EPOCHS} {options}".strip()
             yield Job("hyper-embedding", variant, "rte,sst2", seed, settings)
 
 
 def two_tasks():
-    """Two tasks of the sample in one model, by every method; `hyper-embedding` has HyperPELT's.
-    And each task in a model of its own, with as many passes over its examples."""
-    for seed in range(3):
-        for method, options in TOGETHER.items():
-            yield Job("two-tasks", method, "rte,sst2", seed, f"{options} {THREE_EPOCHS}")
-        for method, options in ALONE.items():
-            for task in ("rte", "sst2"):
-                yield Job("two-tasks", method, task, seed, f"{options} {THREE_EPOCHS}")
+    """Each task of the sample in a model of its own; and both in one model, by every method, with
+    as many passes over the examples. `hyper-embedding` has HyperPELT's."""
+    for method, options in ALONE.items():
+        for task, seed in itertools.product(("sst2", "rte"), range(3)):
+            yield Job("two-tasks", method, task, seed, f"{options} {FIVE_EPOCHS}")
+    other = {"full": FULL, "LoRA": "--method norms --lora 8",
+             "prefix, per-task": "--method prefix --set sharing=per-task"}
+    for method in ("adapter", "norms", "hyperadapter", "hyperprefix", "LoRA", "full", "hypervector",
+                   "prefix", "mam", "prefix, per-task"):
+        options = other.get(method, f"--method {method}")
+        for seed in range(3):
+            yield Job("two-tasks", method, "rte,sst2", seed, f"{options} {FIVE_EPOCHS}")
 
 
 def new_task():
     """`rte` with few examples: from nothing, or from a run of `two-tasks` that has learned
     `sst2`. The same 200 steps for all."""
-    for seed in range(3):
-        for method, options in ALONE.items():
-            source = Job("two-tasks", method, "sst2", seed, options).folder.relative_to(ROOT)
-            starts = {"": "", " from sst2": f"--init-from {source} --init-task sst2"}
-            if method == "hyperpelt":
-                starts[" from sst2, only z"] = f"{starts[' from sst2']} {ONLY_Z}"
-            for start, changes in starts.items():
-                for size in SIZES:
-                    settings = f"{options} {FEW} --max-train-examples {size} {changes}".strip()
-                    yield Job("new-task", f"{size} {method}{start}", "rte", seed, settings)
+    for (method, options), seed in itertools.product(ALONE.items(), range(3)):
+        source = Job("two-tasks", method, "sst2", seed, options).folder.relative_to(ROOT)
+        starts = {"": "", " from sst2": f"--init-from {source} --init-task sst2"}
+        if method == "hyperpelt":
+            starts[" from sst2, only z"] = f"{starts[' from sst2']} {ONLY_Z}"
+        for start, size in itertools.product(starts, SIZES):
+            settings = f"{options} {FEW} --max-train-examples {size} {starts[start]}".strip()
+            yield Job("new-task", f"{size} {method}{start}", "rte", seed, settings)
 
 
 def budgets():
@@ -380,12 +380,14 @@ def two_tasks_table():
     yield "method", "mean", "minus hyperpelt", "`rte`", "`rte` alone", "`sst2`", "`sst2` alone"
     found = {task: curves("hyper-embedding", task=task) | curves("two-tasks", task=task)
              for task in ("", "rte", "sst2")}
-    whole = found[""]["rte,sst2", "hyperpelt"]
-    for method in ("hyperpelt", *TOGETHER):
-        by_seed = found[""]["rte,sst2", method]
+    variants = {row["method"] for row in read_results("hyper-embedding")} - {"hyperpelt"}
+    together = {method: by_seed for (tasks, method), by_seed in found[""].items()
+                if tasks == "rte,sst2" and method not in variants}
+    for method, by_seed in together.items():
         runs = [found[task].get((tasks, method), {})
                 for task in ("rte", "sst2") for tasks in ("rte,sst2", task)]
-        yield (f"`{method}`", spread(last_values(by_seed)), difference(by_seed, whole),
+        yield (f"`{method}`", spread(last_values(by_seed)),
+               difference(by_seed, together["hyperpelt"]),
                *(spread(last_values(run)) for run in runs))
 
 
