@@ -10,6 +10,7 @@ rounds; a time is relative to that of hyperpelt in the same round.
 Start-up ends with the first step; memory is the peak of two steps of 32 x 128 tokens, in a process
 of its own. LoRA is peft's, with r = 8. All use our tokenizer and data.
 """
+
 import argparse
 import subprocess
 import sys
@@ -42,12 +43,17 @@ def their_model(folder, method):
 
     transformers.logging.set_verbosity_error()
     model = transformers.T5ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa")
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
     if method == "LoRA":
         import peft
 
-        model = peft.get_peft_model(model, peft.LoraConfig(
-            task_type="SEQ_2_SEQ_LM", r=8, lora_alpha=16, target_modules=["q", "v"]))
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                task_type="SEQ_2_SEQ_LM", r=8, lora_alpha=16, target_modules=["q", "v"]
+            ),
+        )
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("layer_norm" in name)
@@ -80,8 +86,9 @@ def make_run(args, protocol="paper", split="train"):
     splits = data.make_splits(RTE, args.data_dir, protocol)
     settings = train.make_parser().parse_args(["--batch-size", "32"])
     encode = Tokenizer.from_pretrained(args.model).encode
-    run = SimpleNamespace(args=settings, tasks={"rte": RTE}, splits={"rte": splits},
-                          encode=encode, device=DEVICE)
+    run = SimpleNamespace(
+        args=settings, tasks={"rte": RTE}, splits={"rte": splits}, encode=encode, device=DEVICE
+    )
     return run, splits[split]
 
 
@@ -89,7 +96,7 @@ def make_batches(run, examples, size=32):
     """-> [(input_ids [B, S], labels [B, T])]."""
     batches = []
     for start in range(0, len(examples), size):
-        chosen = examples[start:start + size]
+        chosen = examples[start : start + size]
         labels = train.make_labels(run, [example.target for example in chosen])
         batches.append((train.make_inputs(run, chosen)[0], labels))
     return batches
@@ -128,7 +135,7 @@ def prepare_steps(model, batches, autocast=False):
 
 def compare_training(args):
     run, examples = make_run(args)
-    chosen = np.concatenate(train.Batches(run).plan_epoch(0, 0)[:args.batches])
+    chosen = np.concatenate(train.Batches(run).plan_epoch(0, 0)[: args.batches])
     ours = make_batches(run, [examples[i] for i in chosen])
     np.random.default_rng(0).shuffle(chosen)
     plain = make_batches(run, [examples[i] for i in chosen])
@@ -163,7 +170,7 @@ def generate(model, batches, length, autocast=False):
 def compare_evaluation(args):
     """Generate the outputs of RTE's validation file, sorted by length."""
     run, examples = make_run(args, "official", "validation")
-    examples = sorted(examples[:64 * args.batches], key=lambda example: len(example.source))
+    examples = sorted(examples[: 64 * args.batches], key=lambda example: len(example.source))
     batches = make_batches(run, examples, 64)
     length = max(len(run.encode(word)) for word in RTE.label_words())
     models = {

@@ -1,4 +1,5 @@
 """Shared by all tests: paths, tiny checkpoints with random weights, and the command line."""
+
 import json
 import os
 import shutil
@@ -77,5 +78,6 @@ def run_cli(*arguments, cwd=ROOT, **environment):
     """Run `python ARGUMENTS` in a process of its own -> CompletedProcess with text output."""
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )

@@ -1,4 +1,5 @@
 """clip_features.py against transformers, Pillow and a second ResNet, and as a command."""
+
 import json
 import signal
 import subprocess
@@ -20,21 +21,43 @@ from data import UserError
 
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             image_size=24, patch_size=8, projection_dim=20)
-OTHER = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3,
-             image_size=40, patch_size=10, layer_norm_eps=1e-3)
-TEXT = dict(hidden_size=20, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            vocab_size=30, max_position_embeddings=9)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=24,
+    patch_size=8,
+    projection_dim=20,
+)
+OTHER = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    image_size=40,
+    patch_size=10,
+    layer_norm_eps=1e-3,
+)
+TEXT = dict(
+    hidden_size=20,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    vocab_size=30,
+    max_position_embeddings=9,
+)
 
 
 # ---- helpers -------------------------------------------------------------------------------------
 
+
 def make_transformer(folder, **sizes):
     """Write a whole random CLIP by transformers; return its vision model."""
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(vision_config=SIZES | sizes, text_config=TEXT,
-                                     projection_dim=20)
+    config = transformers.CLIPConfig(
+        vision_config=SIZES | sizes, text_config=TEXT, projection_dim=20
+    )
     model = transformers.CLIPModel(config).eval()
     for name, parameter in model.named_parameters():
         is_scale = "norm" in name and name.endswith("weight")
@@ -54,8 +77,14 @@ def random_resnet(channels=8, blocks=(2, 1, 3, 1), grid=2):
         if tensor.dim() == 4:
             tensors[f"visual.{name}"] = torch.randn(tensor.shape) / tensor[0].numel() ** 0.5
     tensors["visual.attnpool.positional_embedding"] = torch.ones(1 + grid**2, 32 * channels)
-    for name in ("visual.attnpool.q_proj.weight", "positional_embedding", "text_projection",
-                 "ln_final.bias", "logit_scale", "transformer.resblocks.0.ln_1.weight"):
+    for name in (
+        "visual.attnpool.q_proj.weight",
+        "positional_embedding",
+        "text_projection",
+        "ln_final.bias",
+        "logit_scale",
+        "transformer.resblocks.0.ln_1.weight",
+    ):
         tensors[name] = torch.ones(4)
     return tensors
 
@@ -101,6 +130,7 @@ def copy(model, tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run the command: exit code, stdout, stderr."""
+
     def run(model, images, out, *more):
         arguments = ["--model", model, "--images", images, "--out", out, "--batch-size", 4, *more]
         monkeypatch.setattr(sys, "argv", ["clip_features.py", *map(str, arguments)])
@@ -110,6 +140,7 @@ def command(monkeypatch, capsys):
         except SystemExit as left:
             code = left.code
         return code, *capsys.readouterr()
+
     return run
 
 
@@ -121,6 +152,7 @@ def assert_one_line(result, *words):
 
 
 # ---- encoders ------------------------------------------------------------------------------------
+
 
 def assert_equal_layers(theirs, ours, pixels, **more):
     """Each hidden state is as in transformers; the features are the last, without class token."""
@@ -135,9 +167,16 @@ def assert_equal_layers(theirs, ours, pixels, **more):
     assert features.std() > 0.5
 
 
-@pytest.mark.parametrize("sizes, activation, side", [
-    (SIZES, "quick_gelu", 24), (SIZES, "quick_gelu", 16), (SIZES, "quick_gelu", 40),
-    (OTHER, "quick_gelu", 40), (OTHER, "gelu", 40)])
+@pytest.mark.parametrize(
+    "sizes, activation, side",
+    [
+        (SIZES, "quick_gelu", 24),
+        (SIZES, "quick_gelu", 16),
+        (SIZES, "quick_gelu", 40),
+        (OTHER, "quick_gelu", 40),
+        (OTHER, "gelu", 40),
+    ],
+)
 def test_every_hidden_state_equals_transformers(sizes, activation, side, tmp_path):
     """At another side, only the grid part of the positions is interpolated."""
     theirs = make_transformer(tmp_path, hidden_act=activation, **sizes)
@@ -163,11 +202,14 @@ def test_a_bin_file_of_16_bit_numbers_with_a_config_that_leaves_out_defaults(tmp
 
 def plain_resnet(tensors, pixels, blocks):
     """CLIP's ResNet once more: names in full, batch norm by its equation, pools as means."""
+
     def step(x, conv, norm, stride=1):
         weight = tensors[f"visual.{conv}.weight"]
         x = F.conv2d(F.pad(x, [weight.shape[-1] // 2] * 4), weight, stride=stride)
-        scale, bias, mean, var = (tensors[f"visual.{norm}.{name}"][:, None, None] for name in
-                                  ("weight", "bias", "running_mean", "running_var"))
+        scale, bias, mean, var = (
+            tensors[f"visual.{norm}.{name}"][:, None, None]
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
         return scale * (x - mean) / torch.sqrt(var + 1e-5) + bias
 
     def halve(x):
@@ -231,14 +273,17 @@ def test_a_public_name_brings_both_configs_and_the_right_weights(model, hub):
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
 
 
-@pytest.mark.parametrize("is_resnet, name, tensor, message", [
-    (False, POSITIONS, None, "missing"),
-    (False, POSITIONS, torch.ones(5, 32), "[5, 32], expected [10, 32]"),
-    (False, "vision_model.embeddings.patch_embedding.bias", torch.ones(32), "unknown"),
-    (True, "visual.layer3.1.conv2.weight", torch.ones(32, 32, 1, 1), "expected [32, 32, 3, 3]"),
-    (True, "visual.attnpool.positional_embedding", None, "found no"),
-    (True, "visual.proj", torch.ones(2), "unknown"),
-])
+@pytest.mark.parametrize(
+    "is_resnet, name, tensor, message",
+    [
+        (False, POSITIONS, None, "missing"),
+        (False, POSITIONS, torch.ones(5, 32), "[5, 32], expected [10, 32]"),
+        (False, "vision_model.embeddings.patch_embedding.bias", torch.ones(32), "unknown"),
+        (True, "visual.layer3.1.conv2.weight", torch.ones(32, 32, 1, 1), "expected [32, 32, 3, 3]"),
+        (True, "visual.attnpool.positional_embedding", None, "found no"),
+        (True, "visual.proj", torch.ones(2), "unknown"),
+    ],
+)
 def test_a_tensor_that_does_not_fit_is_named(is_resnet, name, tensor, message, copy):
     path = copy / "open_clip_model.safetensors"
     (copy / "model.safetensors").rename(path)
@@ -250,6 +295,7 @@ def test_a_tensor_that_does_not_fit_is_named(is_resnet, name, tensor, message, c
 
 
 # ---- preprocessing -------------------------------------------------------------------------------
+
 
 def pillow_preprocess(pixels, size, squash=False):
     """The preprocessing of OpenAI's CLIP, by Pillow: int [3, size, size]."""
@@ -279,9 +325,16 @@ def test_pixels_equal_those_of_pillow_but_for_rounding(squash):
     assert (differences > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("key, value", [
-    ("resample", 2), ("do_resize", False), ("do_normalize", False), ("do_rescale", False),
-    ("rescale_factor", 1 / 127.5)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("resample", 2),
+        ("do_resize", False),
+        ("do_normalize", False),
+        ("do_rescale", False),
+        ("rescale_factor", 1 / 127.5),
+    ],
+)
 def test_preprocessing_that_cannot_be_honoured_is_refused(key, value, copy, command):
     path = copy / "preprocessor_config.json"
     path.write_text(json.dumps({key: value}))
@@ -295,8 +348,10 @@ def test_features_that_overflow_are_an_error(copy, command):
     assert_one_line(command(copy, make_array(copy), copy / "f.npy"), "100", "not finite")
 
 
-@pytest.mark.parametrize("changes, more, side", [
-    (None, [], 24), ({}, ["--size", 40], 40), ({"do_center_crop": False}, ["--squash"], 24)])
+@pytest.mark.parametrize(
+    "changes, more, side",
+    [(None, [], 24), ({}, ["--size", 40], 40), ({"do_center_crop": False}, ["--squash"], 24)],
+)
 def test_colours_size_and_squash(changes, more, side, copy, command):
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     array = make_array(copy)
@@ -318,6 +373,7 @@ def test_colours_size_and_squash(changes, more, side, copy, command):
 
 
 # ---- the command ---------------------------------------------------------------------------------
+
 
 def test_a_folder_with_and_without_broken_images(model, tmp_path, command):
     images = make_images(tmp_path / "images")
@@ -358,8 +414,13 @@ def test_the_bundled_features_come_out_again(tmp_path, command):
 
 def test_kinds_of_files_and_their_ids(tmp_path):
     base = Image.fromarray(picture(37, 41))
-    for name, mode in (("COCO_train2014_000000000009.jpg", "RGB"), ("000000000120.PNG", "L"),
-                       ("000000000000.png", "RGBA"), ("0042.png", "P"), ("cmyk.jpeg", "CMYK")):
+    for name, mode in (
+        ("COCO_train2014_000000000009.jpg", "RGB"),
+        ("000000000120.PNG", "L"),
+        ("000000000000.png", "RGBA"),
+        ("0042.png", "P"),
+        ("cmyk.jpeg", "CMYK"),
+    ):
         base.convert(mode).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     images = clip_features.Images(tmp_path, None, 24, False)
@@ -407,21 +468,28 @@ def test_a_stopped_or_killed_run_continues_to_the_same_bytes(model, tmp_path, co
         assert (tmp_path / f"f.{end}").read_bytes() == (tmp_path / f"whole.{end}").read_bytes()
 
 
-@pytest.mark.parametrize("name, content, more, words", [
-    ("config.json", '{"hidden_act": "relu"}', [], ["hidden_act: found relu", "quick_gelu"]),
-    ("config.json", "{", [], ["config.json: not JSON"]),
-    ("pixels.json", "[1, 2]", [], ["pixels.json: found 2 ids, 2 of", "each of 9 images"]),
-    ("f.json", "{}", [], ["f.json: has other settings"]),
-    ("f.npy", "", [], ["f.npy", "exists already"]),
-    ("images/COCO_train2014_000000000007.jpg", "", ["--images", "images"],
-     ["images: found 3 ids, 2 of them different"]),
-    ("empty/notes.txt", "", ["--images", "empty"], ["empty: found 0 ids"]),
-    ("notes", "", ["--ids", "nowhere.json"], ["nowhere.json: [Errno 2] No such file"]),
-    ("notes", "", ["--model", "nowhere"], ["nowhere"]),
-    ("notes", "", ["--size", "20"], ["--size", "found 20", "multiple of 8"]),
-    ("notes", "", ["--size", "-8"], ["--size", "found -8"]),
-    ("notes", "", ["--batch-size", "0"], ["--batch-size: "]),
-])
+@pytest.mark.parametrize(
+    "name, content, more, words",
+    [
+        ("config.json", '{"hidden_act": "relu"}', [], ["hidden_act: found relu", "quick_gelu"]),
+        ("config.json", "{", [], ["config.json: not JSON"]),
+        ("pixels.json", "[1, 2]", [], ["pixels.json: found 2 ids, 2 of", "each of 9 images"]),
+        ("f.json", "{}", [], ["f.json: has other settings"]),
+        ("f.npy", "", [], ["f.npy", "exists already"]),
+        (
+            "images/COCO_train2014_000000000007.jpg",
+            "",
+            ["--images", "images"],
+            ["images: found 3 ids, 2 of them different"],
+        ),
+        ("empty/notes.txt", "", ["--images", "empty"], ["empty: found 0 ids"]),
+        ("notes", "", ["--ids", "nowhere.json"], ["nowhere.json: [Errno 2] No such file"]),
+        ("notes", "", ["--model", "nowhere"], ["nowhere"]),
+        ("notes", "", ["--size", "20"], ["--size", "found 20", "multiple of 8"]),
+        ("notes", "", ["--size", "-8"], ["--size", "found -8"]),
+        ("notes", "", ["--batch-size", "0"], ["--batch-size: "]),
+    ],
+)
 def test_a_mistake_is_one_line(name, content, more, words, copy, command, monkeypatch):
     array = make_array(copy)
     make_images(copy / "images", 2)
@@ -434,18 +502,21 @@ def test_a_mistake_is_one_line(name, content, more, words, copy, command, monkey
 ROWS = np.zeros((3, 2, 4), np.float16)
 
 
-@pytest.mark.parametrize("array, length, ids, words", [
-    (None, 0, "abc", ["f.npy", "No such file"]),
-    (ROWS.astype(np.float32), 999, "abc", ["f.npy", "float32", "expected float16"]),
-    (ROWS.reshape(3, 8), 999, "abc", ["f.npy", "[3, 8]", "3 dimensions"]),
-    (np.array([{}]), 999, "a", ["f.npy", "Python objects"]),
-    (ROWS, 0, "abc", ["f.npy", "EOF"]),
-    (ROWS, 175, "abc", ["f.npy", "greater than file size"]),
-    (ROWS, 999, "ab", ["f.json: found 2 ids, 2", "3 images"]),
-    (ROWS, 999, "aba", ["f.json: found 3 ids, 2", "3 images"]),
-    (ROWS, 999, "", ["f.json: found 0 ids"]),
-    (ROWS, 999, None, ["f.json: [Errno 2] No such file"]),
-])
+@pytest.mark.parametrize(
+    "array, length, ids, words",
+    [
+        (None, 0, "abc", ["f.npy", "No such file"]),
+        (ROWS.astype(np.float32), 999, "abc", ["f.npy", "float32", "expected float16"]),
+        (ROWS.reshape(3, 8), 999, "abc", ["f.npy", "[3, 8]", "3 dimensions"]),
+        (np.array([{}]), 999, "a", ["f.npy", "Python objects"]),
+        (ROWS, 0, "abc", ["f.npy", "EOF"]),
+        (ROWS, 175, "abc", ["f.npy", "greater than file size"]),
+        (ROWS, 999, "ab", ["f.json: found 2 ids, 2", "3 images"]),
+        (ROWS, 999, "aba", ["f.json: found 3 ids, 2", "3 images"]),
+        (ROWS, 999, "", ["f.json: found 0 ids"]),
+        (ROWS, 999, None, ["f.json: [Errno 2] No such file"]),
+    ],
+)
 def test_a_wrong_feature_file_is_named(array, length, ids, words, tmp_path):
     if array is not None:
         np.save(tmp_path / "f.npy", array, allow_pickle=True)

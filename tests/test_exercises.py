@@ -1,4 +1,5 @@
 """sample/exercises.py: what it leaves out, what it accepts, and what it says of mistakes."""
+
 import importlib.util
 import re
 
@@ -11,16 +12,28 @@ exercises = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(exercises)
 # The right line of hyperpelt.py, a mistake that students make, and what is said of it.
 MISTAKES = {
-    1: ("hidden = F.relu(self.from_z(z) + of_site)", "hidden = self.from_z(z) + of_site",
-        r"eq. \(1\): I differs first at \[0, 0, 0, 0\]: found .*, expected"),
+    1: (
+        "hidden = F.relu(self.from_z(z) + of_site)",
+        "hidden = self.from_z(z) + of_site",
+        r"eq. \(1\): I differs first at \[0, 0, 0, 0\]: found .*, expected",
+    ),
     2: ("keys = self.to_key(hyper) ", "keys = self.to_value(hyper) ", r"eq. \(2\): P_k differs"),
     3: ("torch.cat([*values, v], 2)", "torch.cat([v, *values], 2)", r"eq. \(3\): V' differs"),
-    4: ("down = self.to_down(mean).unflatten(2, self.down_shape)", "down = self.to_down(mean)",
-        r"eq. \(4\): W_down has shape \[10, 2, 30\], expected \[10, 2, 10, 3\]"),
-    5: ("hidden = F.relu(torch.baddbmm(down_bias, x, down))",
-        "hidden = torch.baddbmm(down_bias, x, down)", r"eq. \(5\): A\(u\) differs"),
-    6: ("scale * up_bias, hidden, scale * up)", "up_bias, hidden, scale * up)",
-        r"eq. \(6\): lambda A\(u\) differs"),
+    4: (
+        "down = self.to_down(mean).unflatten(2, self.down_shape)",
+        "down = self.to_down(mean)",
+        r"eq. \(4\): W_down has shape \[10, 2, 30\], expected \[10, 2, 10, 3\]",
+    ),
+    5: (
+        "hidden = F.relu(torch.baddbmm(down_bias, x, down))",
+        "hidden = torch.baddbmm(down_bias, x, down)",
+        r"eq. \(5\): A\(u\) differs",
+    ),
+    6: (
+        "scale * up_bias, hidden, scale * up)",
+        "up_bias, hidden, scale * up)",
+        r"eq. \(6\): lambda A\(u\) differs",
+    ),
 }
 
 
@@ -58,9 +71,16 @@ def test_a_mistake_is_one_line(build):
     assert done.returncode == 1 and done.stderr == "eq. (3) is yours to write\n"
 
 
-@pytest.mark.parametrize("question, right, wrong", [
-    ("count", 4290905, 4290904), ("task", 37632, 903744), ("crossing", 5, 4),
-    ("vector", 7719257, 4290905), ("zeros", 0.5, 0)])
+@pytest.mark.parametrize(
+    "question, right, wrong",
+    [
+        ("count", 4290905, 4290904),
+        ("task", 37632, 903744),
+        ("crossing", 5, 4),
+        ("vector", 7719257, 4290905),
+        ("zeros", 0.5, 0),
+    ],
+)
 def test_predictions(question, right, wrong, tmp_path):
     assert not call(tmp_path / "none", "answer", question, right)
     assert "not what the code computes" in call(tmp_path / "none", "answer", question, wrong)

@@ -1,4 +1,5 @@
 """The small-scale experiments: what is run, recorded and printed."""
+
 import re
 import shlex
 import sys
@@ -30,8 +31,9 @@ def test_a_job_is_run_and_recorded_once(tmp_path, monkeypatch, capsys):
     header = experiments.RESULTS.read_text().splitlines()[0]
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.tsv")
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    jobs = [experiments.Job("tiny", "norms", "rte", seed, f"--method norms {TINY}")
-            for seed in range(2)]
+    jobs = [
+        experiments.Job("tiny", "norms", "rte", seed, f"--method norms {TINY}") for seed in range(2)
+    ]
     jobs.append(experiments.Job("tiny", "wrong", "rte", 0, "--method wrong"))
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": lambda: jobs})
     (tmp_path / "results.tsv").write_text(header + "\n")
@@ -59,8 +61,9 @@ def test_train_takes_the_settings_of_every_job(name):
 
 def train_changed(folder, options):
     """-> what a run of two steps has trained."""
-    done = run_cli(SAMPLE / "experiments.py", "train", "--run", folder, *TINY.split(),
-                   *options.split())
+    done = run_cli(
+        SAMPLE / "experiments.py", "train", "--run", folder, *TINY.split(), *options.split()
+    )
     assert done.returncode == 0, done.stderr
     return safetensors.torch.load_file(folder / "best.safetensors")
 
@@ -100,10 +103,13 @@ def test_differences_are_paired():
     assert experiments.first_steps(steps, 0.6) == "- 20"
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["run", "slow"], "found slow, expected some of speed"),
-    (["run", "--jobs", "1", "speed"], "speed needs --model and --data-dir"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "slow"], "found slow, expected some of speed"),
+        (["run", "--jobs", "1", "speed"], "speed needs --model and --data-dir"),
+    ],
+)
 def test_a_mistake_is_a_short_error(arguments, message):
     done = run_cli(SAMPLE / "experiments.py", *arguments)
     assert done.returncode == 2 and message in done.stderr

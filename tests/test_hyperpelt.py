@@ -1,4 +1,5 @@
 """hyperpelt.py against its equations, written out once more in numpy, at the sites of a tiny T5."""
+
 import copy
 import re
 
@@ -13,8 +14,9 @@ from hyperpelt import BLOCK_TYPES, FFN_BLOCKS, METHODS, VISION, HyperPELT, Hyper
 from t5 import DECODER_CROSS, DECODER_SELF, ENCODER_SELF, T5, T5Config
 
 # heads * d_kv is not d_model, and the decoder has more layers than the encoder.
-TINY = T5Config(d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=2, num_decoder_layers=3,
-                vocab_size=50)
+TINY = T5Config(
+    d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=2, num_decoder_layers=3, vocab_size=50
+)
 SMALL = dict(prefix_length=5, embedding_dim=12, hyper_dim=6, projector_dim=7, bottleneck=4)
 LAYERS = {block: 2 if block.startswith("encoder") else 3 for block in BLOCK_TYPES}
 SITES = [(block, layer) for block in BLOCK_TYPES for layer in range(LAYERS[block])]
@@ -51,6 +53,7 @@ def assert_close(found, expected):
 
 # ---- the equations in numpy ----------------------------------------------------------------------
 
+
 def to_numpy(model):
     return {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
@@ -61,7 +64,7 @@ def linear(p, name, x):
 
 def layer_norm(x):
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
 
 
 def hyper_embedding(p, side, z, site):
@@ -94,14 +97,21 @@ def generated(p, side, z, site):
 
 # ---- the equations at the sites ------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [
-    {}, VECTOR, dict(hyper_norm=False), dict(method="hypervector"),
-])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        VECTOR,
+        dict(hyper_norm=False),
+        dict(method="hypervector"),
+    ],
+)
 def test_generated_weights_equal_the_equations(changes):
     model = make_model(**changes, **IMAGES)
     p, z, features = to_numpy(model), to_numpy(model)["task.stsb"][None], FEATURES / 30
     from_task, from_images = model.generate_weights("stsb"), model.generate_visual_weights(features)
-    z_v = linear(p, "visual_embedding", features.numpy())                       # eq. (7)
+    z_v = linear(p, "visual_embedding", features.numpy())  # eq. (7)
     z_v = z_v if model.config.per_position else z_v.mean(1, keepdims=True)
     has_prefix = model.config.method == "hyperpelt"
     sites = [site for site in SITES if has_prefix or site[0] in FFN_BLOCKS]
@@ -154,7 +164,7 @@ def check_attention(p, name, seen, plain, given):
     values = np.concatenate([*(np.broadcast_to(p_v, (3, 2, 5, 8)) for _, p_v in given), v], 2)
     # The text's own tokens keep the bias and the mask of the plain T5. A prefix has neither.
     scores = q @ keys.swapaxes(2, 3)
-    scores[..., 5 * len(given):] += plain[name][0][2].numpy()
+    scores[..., 5 * len(given) :] += plain[name][0][2].numpy()
     weights = np.exp(scores - scores.max(3, keepdims=True))
     heads = (weights / weights.sum(3, keepdims=True) @ values).transpose(0, 2, 1, 3)
     assert_close(output, heads.reshape(3, -1, 16) @ p[f"t5.{name}.o.weight"].T)
@@ -171,11 +181,20 @@ def check_ffn(t5, name, seen, given):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method, changes", [
-    ("hyperpelt", {}), ("mam", {}), ("norms", {}), ("hyperpelt", VECTOR), ("hyperpelt", IMAGES),
-    ("hyperpelt", dict(prefix_blocks=(DECODER_CROSS,))), ("hyperpelt", {**IMAGES, **VECTOR}),
-    ("hyperpelt", dict(**IMAGES, vision="prefix")), ("hyperpelt", dict(**IMAGES, vision="adapter")),
-])
+@pytest.mark.parametrize(
+    "method, changes",
+    [
+        ("hyperpelt", {}),
+        ("mam", {}),
+        ("norms", {}),
+        ("hyperpelt", VECTOR),
+        ("hyperpelt", IMAGES),
+        ("hyperpelt", dict(prefix_blocks=(DECODER_CROSS,))),
+        ("hyperpelt", {**IMAGES, **VECTOR}),
+        ("hyperpelt", dict(**IMAGES, vision="prefix")),
+        ("hyperpelt", dict(**IMAGES, vision="adapter")),
+    ],
+)
 def test_every_site_equals_the_equations(method, changes):
     """The plain T5 gives the bias and the mask that the text's own tokens must keep."""
     model = make_model(method, **changes)
@@ -205,9 +224,9 @@ def test_an_image_batch_generates_what_each_example_generates_alone(beams):
     weights = model.generate_weights("rte")
     together = model.t5.generate(IDS, MASK, 7, beams, **model.inject(weights, FEATURES))
     for i in range(3):
-        injected = model.inject(weights, FEATURES[i:i + 1])
-        alone = model.t5.generate(IDS[i:i + 1], None, 7, beams, **injected)[0]
-        assert torch.equal(together[i, :len(alone)], alone)
+        injected = model.inject(weights, FEATURES[i : i + 1])
+        alone = model.t5.generate(IDS[i : i + 1], None, 7, beams, **injected)[0]
+        assert torch.equal(together[i, : len(alone)], alone)
 
 
 @torch.no_grad()
@@ -215,7 +234,7 @@ def test_a_prefix_is_prepended_once_and_not_at_every_step():
     model, cache = make_model(), {}
     sites = model.inject(model.generate_weights("rte"))["sites"]
     memory, mask = model.t5.encode(IDS, MASK, sites)
-    steps = [model.t5.decode(IDS[:, t:t + 1], memory, mask, sites, cache) for t in range(7)]
+    steps = [model.t5.decode(IDS[:, t : t + 1], memory, mask, sites, cache) for t in range(7)]
     torch.testing.assert_close(torch.cat(steps, 1), model.t5.decode(IDS, memory, mask, sites))
 
 
@@ -249,14 +268,23 @@ def test_bfloat16_holds_what_is_frozen_only(vision):
 
 # What each method trains beside the layer norms, with images and without.
 DECLARED = dict.fromkeys(METHODS, "task.rte|layer|block|(hypernetworks|visual_|image_tokens).*")
-DECLARED |= {"prefix": "learned.(embedding.all|networks.*)",
-             "adapter": "learned.(adapters.rte.*|scale)", "mam": "learned.*",
-             "norms": "image_tokens.*", "full": "t5.*"}
+DECLARED |= {
+    "prefix": "learned.(embedding.all|networks.*)",
+    "adapter": "learned.(adapters.rte.*|scale)",
+    "mam": "learned.*",
+    "norms": "image_tokens.*",
+    "full": "t5.*",
+}
 
 
-@pytest.mark.parametrize("method, vision", [
-    ("norms", "tokens"), *((method, "") for method in METHODS),
-    *(("hyperpelt", vision) for vision in VISION)])
+@pytest.mark.parametrize(
+    "method, vision",
+    [
+        ("norms", "tokens"),
+        *((method, "") for method in METHODS),
+        *(("hyperpelt", vision) for vision in VISION),
+    ],
+)
 def test_exactly_what_is_declared_is_trained(method, vision):
     """A task that is not in a batch has no gradient, and Adam leaves its parameters alone."""
     model = make_model(method, **dict(vision=vision, **IMAGES) if vision else {}).train()
@@ -315,7 +343,7 @@ def test_the_start_has_the_declared_scales():
     biases = [p for name, p in networks.named_parameters() if name.endswith("bias")]
     assert not any(bias.any() for bias in biases) and networks.scale == torch.tensor(0.7)
     learned = make_model("adapter", fresh=True, bottleneck=90, learned_scale=0.6).learned
-    (down, *others), bound = learned.adapters["rte"], 24 ** -0.5
+    (down, *others), bound = learned.adapters["rte"], 24**-0.5
     assert 0.99 * bound < down.max() <= bound and 0.99 * bound < -down.min() <= bound
     assert not any(map(torch.any, others)) and learned.scale == torch.tensor(0.6)
 
@@ -346,16 +374,20 @@ PREFIX = NORMS + 3 * 49 * 768 + 3 * (769 * 512 + 513 * 12 * 2 * 768)
 DEPLOYED = 36 * 2 * 49 * 768 + 24 * (ADAPTER + 1)
 
 
-@pytest.mark.parametrize("method, changes, by_hand, ratio", [
-    ("hyperprefix", {}, HYPER + KEY_HEADS, "1.0083"),
-    ("hyperpelt", {}, HYPER + KEY_HEADS + ADAPTER_HEADS, "1.0193"),
-    ("hyperpelt", VECTOR, 7_719_257, "1.0346"), ("prefix", {}, PREFIX, "1.1333"),
-    ("mam", {}, PREFIX + 24 * ADAPTER + 1, "1.1373"),
-    ("prefix", dict(sharing="per-task"), PREFIX + 7 * 3 * 49 * 768, "1.1368"),
-    ("adapter", {}, NORMS + 8 * 903_744 + 1, "1.0326"),
-    ("hyperadapter", {}, HYPER + ADAPTER_HEADS, "1.0188"),
-    ("hypervector", {}, HYPER - 48 * 37 * 768 + ADAPTER_HEADS, "1.0127"),
-])
+@pytest.mark.parametrize(
+    "method, changes, by_hand, ratio",
+    [
+        ("hyperprefix", {}, HYPER + KEY_HEADS, "1.0083"),
+        ("hyperpelt", {}, HYPER + KEY_HEADS + ADAPTER_HEADS, "1.0193"),
+        ("hyperpelt", VECTOR, 7_719_257, "1.0346"),
+        ("prefix", {}, PREFIX, "1.1333"),
+        ("mam", {}, PREFIX + 24 * ADAPTER + 1, "1.1373"),
+        ("prefix", dict(sharing="per-task"), PREFIX + 7 * 3 * 49 * 768, "1.1368"),
+        ("adapter", {}, NORMS + 8 * 903_744 + 1, "1.0326"),
+        ("hyperadapter", {}, HYPER + ADAPTER_HEADS, "1.0188"),
+        ("hypervector", {}, HYPER - 48 * 37 * 768 + ADAPTER_HEADS, "1.0127"),
+    ],
+)
 def test_sizes_on_t5_base(method, changes, by_hand, ratio):
     with torch.device("meta"):
         model = HyperPELT(T5(T5Config()), list("abcdefgh"), HyperPELTConfig(method, **changes))
@@ -373,12 +405,15 @@ def test_the_command_prints_the_sizes_and_an_unknown_model_is_one_line():
     assert process.returncode == 2 and re.fullmatch("error: .*t5-bas.*\n", process.stderr)
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(method="lora"), "method: found 'lora', expected one of hyperpelt, hyperprefix"),
-    (dict(prefix_blocks=(DECODER_SELF, "decoder FFN")), "prefix_blocks: found 'decoder FFN'"),
-    (dict(method="mam", **IMAGES), "method mam with vision both lets no image in"),
-    (dict(method="hyperadapter", vision="prefix", **IMAGES), "lets no image in"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(method="lora"), "method: found 'lora', expected one of hyperpelt, hyperprefix"),
+        (dict(prefix_blocks=(DECODER_SELF, "decoder FFN")), "prefix_blocks: found 'decoder FFN'"),
+        (dict(method="mam", **IMAGES), "method mam with vision both lets no image in"),
+        (dict(method="hyperadapter", vision="prefix", **IMAGES), "lets no image in"),
+    ],
+)
 def test_a_wrong_choice_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         make_model(**changes)

@@ -1,4 +1,5 @@
 """What the pages say about the code: commands, names, equations."""
+
 import importlib
 import operator
 import re
@@ -7,8 +8,11 @@ import pytest
 from conftest import ROOT, run_cli
 
 PROGRAMS = ["train", "clip_features", "hyperpelt"]
-PAGES = {str(path.relative_to(ROOT)): path.read_text()
-         for folder in (".", "sample", "tests") for path in (ROOT / folder).glob("*.md")}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for folder in (".", "sample", "tests")
+    for path in (ROOT / folder).glob("*.md")
+}
 PLACES = sorted(set(re.findall(r"`(\w+)\.py:([\w.]+)`", "\n".join(PAGES.values()))))
 
 

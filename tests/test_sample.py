@@ -1,4 +1,5 @@
 """The bundled sample: its files, its labels, its small models, and the scripts that make them."""
+
 import json
 import random
 import re

@@ -2,6 +2,7 @@
 
 test_hyperpelt.py holds the tests of the two seams, and of the cache with a prefix.
 """
+
 import hashlib
 import http.server
 import json
@@ -27,8 +28,8 @@ def make_inputs(seed=0, vocabulary=64, source=11, target=6):
     labels = torch.randint(3, vocabulary, (4, target), generator=generator)
     mask = torch.ones_like(ids)
     for i in range(1, 4):
-        mask[i, source - 2 * i:] = 0
-        labels[i, target - i:] = -100
+        mask[i, source - 2 * i :] = 0
+        labels[i, target - i :] = -100
     return ids * mask, mask, labels
 
 
@@ -45,6 +46,7 @@ def model(checkpoint):
 
 # ---- parity with transformers --------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("source, target", [(11, 6), (150, 140)])
 def test_every_layer_equals_transformers(models, source, target):
     """The long inputs reach the last bucket of positions, which begins at distance 128."""
@@ -56,8 +58,9 @@ def test_every_layer_equals_transformers(models, source, target):
     for module in [*encoder.blocks[:-1], encoder, *decoder.blocks[:-1], decoder]:
         module.register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.no_grad():
-        expected = theirs(input_ids=ids, attention_mask=mask, labels=labels,
-                          output_hidden_states=True)
+        expected = theirs(
+            input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=True
+        )
         logits, loss = ours(ids, mask, labels)
     states = [*expected.encoder_hidden_states[1:], *expected.decoder_hidden_states[1:]]
     for i, (output, state) in enumerate(zip(outputs, states, strict=True)):
@@ -79,11 +82,18 @@ def until_eos(ids, length):
 def test_generation_equals_transformers(variant, beams, tmp_path):
     ends = set()
     for seed in range(12):
-        theirs = make_checkpoint(tmp_path, variant, seed, std=0.3, vocab_size=8, num_layers=1,
-                                 num_decoder_layers=1)
+        theirs = make_checkpoint(
+            tmp_path, variant, seed, std=0.3, vocab_size=8, num_layers=1, num_decoder_layers=1
+        )
         ids, mask, _ = make_inputs(seed, vocabulary=8)
-        expected = theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=9,
-                                   num_beams=beams, do_sample=False, early_stopping=False)
+        expected = theirs.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=9,
+            num_beams=beams,
+            do_sample=False,
+            early_stopping=False,
+        )
         found = T5.from_pretrained(tmp_path).generate(ids, None, 9, beams)
         assert torch.equal(until_eos(found, 9), until_eos(expected[:, 1:], 9))
         assert torch.equal(found, until_eos(found, found.size(1)))
@@ -105,6 +115,7 @@ def test_dropout_is_where_transformers_has_it(models, monkeypatch):
 
 class Elsewhere(torch.Tensor):
     """A tensor on the CPU that says it is on a GPU."""
+
     device = property(lambda self: torch.device("cuda"))
 
 
@@ -120,6 +131,7 @@ def test_attention_of_other_devices_equals_the_written_out_one(model):
 
 
 # ---- inputs, loss, dtype -------------------------------------------------------------------------
+
 
 def test_front_stands_before_the_text(model):
     ids, mask, labels = make_inputs()
@@ -163,7 +175,8 @@ def test_recomputed_activations_are_not_kept(model):
         sizes[encoder.recompute] = kept = []
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda t: t):
+            lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda t: t
+        ):
             memory, _ = model.encode(input_ids, mask)
         memory.square().sum().backward()
         gradients[encoder.recompute] = [p.grad.clone() for p in encoder.parameters()]
@@ -194,8 +207,11 @@ def test_dropout_has_its_rate_scale_and_seed(rate):
 
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(SPIECE))
 PLAIN = ["The dog sees the cat.", "two spaces, 3.14", "", "two  spaces, \t ünïcode 東京"]
-SENTINELS = ["A <extra_id_0> in the <extra_id_99> end", "<extra_id_5> of <extra_id_12> the cat.",
-             "<extra_id_0> <extra_id_8> <extra_id_99>"]
+SENTINELS = [
+    "A <extra_id_0> in the <extra_id_99> end",
+    "<extra_id_5> of <extra_id_12> the cat.",
+    "<extra_id_0> <extra_id_8> <extra_id_99>",
+]
 
 
 def test_the_tokenizer_equals_sentencepiece_and_transformers():
@@ -225,19 +241,32 @@ def test_files_that_are_no_tokenizer(tmp_path):
             Tokenizer(path)
     # Without further options, the library itself gives other special ids.
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a cat and a dog"] * 50), model_prefix=str(path.with_suffix("")),
-        vocab_size=16, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(["a cat and a dog"] * 50),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=16,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     with pytest.raises(ValueError, match="spiece.model: .*<unk>"):
         Tokenizer(path)
 
 
 # ---- config and weights --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("count, config", [
-    (222_903_552, T5Config()),
-    (2_851_598_336, T5Config(1024, 128, 16384, 24, 32)),
-    (76_961_152, T5Config(512, 64, 1024, 8, 6, feed_forward_proj="gated-gelu",
-                          tie_word_embeddings=False))])
+
+@pytest.mark.parametrize(
+    "count, config",
+    [
+        (222_903_552, T5Config()),
+        (2_851_598_336, T5Config(1024, 128, 16384, 24, 32)),
+        (
+            76_961_152,
+            T5Config(
+                512, 64, 1024, 8, 6, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+            ),
+        ),
+    ],
+)
 def test_public_sizes(count, config):
     """The numbers of parameters of the published t5-base, t5-3b and flan-t5-small."""
     with torch.device("meta"):
@@ -249,15 +278,28 @@ def test_config_files(tmp_path):
     sizes = dict(d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4)
     path.write_text(json.dumps({**sizes, "n_positions": 512}))
     assert T5Config.from_file(path) == T5Config(**sizes, num_decoder_layers=3)
-    for text, message in (('{"feed_forward_proj": "gated-silu"}', "feed_forward_proj.*gated-silu"),
-                          ("{", "not JSON")):
+    for text, message in (
+        ('{"feed_forward_proj": "gated-silu"}', "feed_forward_proj.*gated-silu"),
+        ("{", "not JSON"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"config.json: {message}"):
             T5Config.from_file(path)
 
 
-@pytest.mark.parametrize("key", ["d_model", "d_kv", "d_ff", "num_layers", "num_heads",
-                                 "num_decoder_layers", "vocab_size", "tie_word_embeddings"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "d_model",
+        "d_kv",
+        "d_ff",
+        "num_layers",
+        "num_heads",
+        "num_decoder_layers",
+        "vocab_size",
+        "tie_word_embeddings",
+    ],
+)
 def test_a_config_that_lacks_a_size_does_not_fit_the_weights(key, tmp_path):
     make_checkpoint(tmp_path)
     path = tmp_path / "config.json"
@@ -288,11 +330,14 @@ def rewrite(folder, form):
         tensors[COPIES[0]] = tensors.pop("shared.weight")
         save_file(tensors, path, {"format": "pt", "shared.weight": COPIES[0]})
     elif form in ("bin", "old bin"):
-        torch.save(tensors, folder / "pytorch_model.bin",
-                   _use_new_zipfile_serialization=form == "bin")
+        torch.save(
+            tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin"
+        )
     else:
-        whole, save = {"shards": ("model.safetensors", save_file),
-                       "bin shards": ("pytorch_model.bin", torch.save)}[form]
+        whole, save = {
+            "shards": ("model.safetensors", save_file),
+            "bin shards": ("pytorch_model.bin", torch.save),
+        }[form]
         place = {name: f"{i % 2}-{whole}" for i, name in enumerate(tensors)}
         for file in set(place.values()):
             save({name: tensors[name] for name in tensors if place[name] == file}, folder / file)
@@ -322,14 +367,18 @@ def test_a_loaded_model_is_float32_in_eval_mode_and_not_mapped(tmp_path):
 WI = "encoder.block.0.layer.1.DenseReluDense.wi.weight"
 
 
-@pytest.mark.parametrize("name, tensor, message", [
-    (WI, None, "is missing"),
-    ("extra.weight", torch.ones(2), "is unknown"),
-    (t5.STRAY.replace("block.0", "block.1"), torch.ones(2), "is unknown"),
-    ("lm_head.weight", torch.ones(64, 32), "is unknown"),
-    (WI, torch.ones(48, 31), r"has shape \[48, 31\], expected \[48, 32\]"),
-    (WI, torch.full((48, 32), torch.nan), "holds numbers that are not finite"),
-    (WI, torch.full((48, 32), torch.inf), "holds numbers that are not finite")])
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        (WI, None, "is missing"),
+        ("extra.weight", torch.ones(2), "is unknown"),
+        (t5.STRAY.replace("block.0", "block.1"), torch.ones(2), "is unknown"),
+        ("lm_head.weight", torch.ones(64, 32), "is unknown"),
+        (WI, torch.ones(48, 31), r"has shape \[48, 31\], expected \[48, 32\]"),
+        (WI, torch.full((48, 32), torch.nan), "holds numbers that are not finite"),
+        (WI, torch.full((48, 32), torch.inf), "holds numbers that are not finite"),
+    ],
+)
 def test_a_tensor_that_does_not_fit_is_named(name, tensor, message, tmp_path):
     make_checkpoint(tmp_path, "v1.0")
     path = tmp_path / "model.safetensors"
@@ -339,12 +388,23 @@ def test_a_tensor_that_does_not_fit_is_named(name, tensor, message, tmp_path):
         T5.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name, settings, message", [
-    ("UMT5", {}, "block.1.layer.0.SelfAttention.relative_attention_bias.weight is unknown"),
-    ("LongT5", {}, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is miss"),
-    ("SwitchTransformers", {}, "encoder.block.0.layer.1.DenseReluDense.wi.weight is missing"),
-    ("T5", {"feed_forward_proj": "gated-silu"}, "found 'gated-silu', expected relu or gated-gelu"),
-])
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("UMT5", {}, "block.1.layer.0.SelfAttention.relative_attention_bias.weight is unknown"),
+        (
+            "LongT5",
+            {},
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is miss",
+        ),
+        ("SwitchTransformers", {}, "encoder.block.0.layer.1.DenseReluDense.wi.weight is missing"),
+        (
+            "T5",
+            {"feed_forward_proj": "gated-silu"},
+            "found 'gated-silu', expected relu or gated-gelu",
+        ),
+    ],
+)
 def test_relatives_of_t5_are_refused(name, settings, message, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{name}Config")(**SIZES, vocab_size=64, **settings)
@@ -353,8 +413,9 @@ def test_relatives_of_t5_are_refused(name, settings, message, tmp_path):
         T5.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("file, save", [("model.safetensors", save_file),
-                                        ("pytorch_model.bin", torch.save)])
+@pytest.mark.parametrize(
+    "file, save", [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)]
+)
 def test_damaged_and_missing_weights(file, save, tmp_path):
     make_checkpoint(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -371,8 +432,10 @@ def test_damaged_and_missing_weights(file, save, tmp_path):
 
 # ---- download ------------------------------------------------------------------------------------
 
+
 class Hub(http.server.SimpleHTTPRequestHandler):
     """Serves org/tiny as the hub does: weights are redirected to a storage, with their sha256."""
+
     wrong, requests = set(), []
 
     def send_head(self):
@@ -403,7 +466,8 @@ def hub(tmp_path, monkeypatch):
     shutil.copy(SPIECE, served)
     Hub.wrong, Hub.requests = set(), []
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *arguments: Hub(*arguments, directory=str(served)))
+        ("127.0.0.1", 0), lambda *arguments: Hub(*arguments, directory=str(served))
+    )
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

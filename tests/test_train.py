@@ -1,4 +1,5 @@
 """train.py on a few examples. Most runs take place in this process, which saves the imports."""
+
 import contextlib
 import errno
 import io
@@ -25,13 +26,28 @@ import train
 from t5 import T5
 
 SIZES = ["prefix_length=5", "embedding_dim=12", "hyper_dim=6", "bottleneck=4"]
-OPTIONS = ["--max-steps", 12, "--eval-every", 4, "--batch-size", 8, "--lr", 0.02,
-           "--warmup-steps", 0, "--dtype", "float32", "--set", *SIZES]
+OPTIONS = [
+    "--max-steps",
+    12,
+    "--eval-every",
+    4,
+    "--batch-size",
+    8,
+    "--lr",
+    0.02,
+    "--warmup-steps",
+    0,
+    "--dtype",
+    "float32",
+    "--set",
+    *SIZES,
+]
 SHORT = ["--max-steps", 2, "--eval-every", 2]
 ANSWERS = ["cat", "dog", "bird", "fish"]
 
 
 # ---- data and runs -------------------------------------------------------------------------------
+
 
 def write_images(folder, subset, count, **about):
     """Features as clip_features.py writes them. Image i shows answer i % 4."""
@@ -63,10 +79,17 @@ def folder(tmp_path_factory):
         (folder / task / "test.tsv").write_text("index\tsentence1\tsentence2\n7\ta\tb\n9\tc\td")
     for subset, count in (("train2014", 17), ("val2014", 8)):
         write_images(folder / "features", subset, count)
-        questions = [{"image_id": i, "question_id": 10 * i, "question": "what"}
-                     for i in range(count)]
-        annotations = [{"question_id": 10 * i, "answer_type": "other",
-                        "answers": [{"answer": ANSWERS[i % 4]}] * 10} for i in range(count)]
+        questions = [
+            {"image_id": i, "question_id": 10 * i, "question": "what"} for i in range(count)
+        ]
+        annotations = [
+            {
+                "question_id": 10 * i,
+                "answer_type": "other",
+                "answers": [{"answer": ANSWERS[i % 4]}] * 10,
+            }
+            for i in range(count)
+        ]
         path = folder / "VQAv2" / f"v2_OpenEnded_mscoco_{subset}_questions.json"
         path.write_text(json.dumps({"questions": questions}))
         path = folder / "VQAv2" / f"v2_mscoco_{subset}_annotations.json"
@@ -76,15 +99,31 @@ def folder(tmp_path_factory):
 
 def command(folder, task, run, *more):
     protocol = "official" if "vqa" in task else "paper"
-    return ["--task", task, "--data-dir", folder, "--features", folder / "features",
-            "--model", folder / "t5", "--protocol", protocol, "--run", run, *OPTIONS, *more]
+    return [
+        "--task",
+        task,
+        "--data-dir",
+        folder,
+        "--features",
+        folder / "features",
+        "--model",
+        folder / "t5",
+        "--protocol",
+        protocol,
+        "--run",
+        run,
+        *OPTIONS,
+        *more,
+    ]
 
 
 def call(*arguments):
     """Run the main function of train.py in this process -> what it prints."""
     arguments = ["train.py", *map(str, arguments)]
-    with (mock.patch.object(sys, "argv", arguments),
-          contextlib.redirect_stdout(io.StringIO()) as printed):
+    with (
+        mock.patch.object(sys, "argv", arguments),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         train.main()
     return printed.getvalue()
 
@@ -180,6 +219,7 @@ def test_without_options_the_sample_is_trained(tmp_path, monkeypatch):
 
 # ---- interruptions -------------------------------------------------------------------------------
 
+
 def kill(*values):
     # Nothing in train.py catches this exception, so it leaves behind what a signal would.
     raise SystemExit
@@ -221,8 +261,10 @@ def strike(original, number, event):
     return struck
 
 
-@pytest.mark.parametrize("kind, task, interruptions", [
-    ("text", "rte,stsb", INTERRUPTIONS), ("image", "vqa,rte", INTERRUPTIONS[:2])])
+@pytest.mark.parametrize(
+    "kind, task, interruptions",
+    [("text", "rte,stsb", INTERRUPTIONS), ("image", "vqa,rte", INTERRUPTIONS[:2])],
+)
 def test_interruptions_change_nothing(kind, task, interruptions, folder, request, tmp_path):
     arguments = command(folder, task, tmp_path / "run")
     for target, number, event, code, message in interruptions:
@@ -243,6 +285,7 @@ def test_an_interrupt_during_the_imports_shows_no_traceback(tmp_path):
 
 
 # ---- what may not be overwritten or mixed up -----------------------------------------------------
+
 
 def test_a_finished_run_stays_as_it_is_wherever_it_lies(text, folder, tmp_path):
     assert "holds a run already; --resume" in refusal(*command(folder, "rte", text))
@@ -285,16 +328,19 @@ def edit_architecture(path):
     path.write_text(path.read_text().replace('"decoder cross-attention"', '"encoder FFN"'))
 
 
-@pytest.mark.parametrize("name, damage, more, words", [
-    ("best.safetensors", cut, "--eval-only", ""),
-    ("best.safetensors", lambda path: save_file({}, path), "--eval-only", "missing"),
-    ("best.safetensors", os.remove, "--eval-only", "No such file"),
-    ("last.pt", cut, "--resume", ""),
-    ("last.pt", lambda path: path.write_bytes(b"text"), "--resume", ""),
-    ("config.json", cut, "--resume", "not JSON"),
-    ("config.json", edit_architecture, "--resume", "this is another run: prefix_blocks was ["),
-    ("config.json", edit_architecture, "--export", "this is another run: prefix_blocks was ["),
-])
+@pytest.mark.parametrize(
+    "name, damage, more, words",
+    [
+        ("best.safetensors", cut, "--eval-only", ""),
+        ("best.safetensors", lambda path: save_file({}, path), "--eval-only", "missing"),
+        ("best.safetensors", os.remove, "--eval-only", "No such file"),
+        ("last.pt", cut, "--resume", ""),
+        ("last.pt", lambda path: path.write_bytes(b"text"), "--resume", ""),
+        ("config.json", cut, "--resume", "not JSON"),
+        ("config.json", edit_architecture, "--resume", "this is another run: prefix_blocks was ["),
+        ("config.json", edit_architecture, "--export", "this is another run: prefix_blocks was ["),
+    ],
+)
 def test_damaged_files_are_named_in_one_line(name, damage, more, words, text, tmp_path):
     run = shutil.copytree(text, tmp_path / "run")
     damage(run / name)
@@ -302,44 +348,58 @@ def test_damaged_files_are_named_in_one_line(name, damage, more, words, text, tm
     assert f"{run / name}: " in error and words in error
 
 
-@pytest.mark.parametrize("kind, more, words", [
-    ("text", ["--resume", "--lr", 0.5, "--seed", 3], "lr was 0.02, is 0.5; seed was 0, is 3"),
-    ("text", ["--eval-only", "--protocol", "official"], "protocol was paper, is official"),
-    ("text", ["--ask", "a", "b", "--set", *SIZES[:3]], "bottleneck was 4, is 24"),
-    ("text", ["--ask", "a dog"], "--ask: rte takes sentence1; sentence2; found ['a dog']"),
-    ("image", ["--ask", "what", "is", "it"], "vqa takes question; image, as SET:ID"),
-    ("image", ["--ask", "what", "val2014:99"], "no features, such as"),
-    ("image", ["--ask", "what", "nowhere:5"], "nowhere"),
-    ("image", ["--ask", "what", "5"], "SET:ID"),
-    ("image", ["--predict", "test"], "--predict test: vqa has train, validation"),
-    ("new", ["--task", "rtf"], "task 'rtf' is unknown; the known ones are cola"),
-    ("new", ["--data-dir", "/nowhere"], "/nowhere/RTE/train.tsv: [Errno 2] No such file"),
-    ("new", ["--model", "/nowhere"], "/nowhere"),
-    ("new", ["--set", "prefix=3"], "--set prefix=3"),
-    ("new", ["--set", "prefix_length=many"], "--set prefix_length=many: invalid literal"),
-    ("new", ["--set", "sharing=all"], "sharing: found 'all', expected one of default, shared"),
-    ("new", ["--eval-only"], "config.json: [Errno 2] No such file"),
-    ("new", ["--task", "vqa", "--method", "norms"], "lets no image in"),
-    ("new", ["--task", "vqa", "--set", "prefix_length=7"], "found 5 grid cells, expected 7"),
-    ("new", ["--task", "vqa", "--features", "/nowhere"], "/nowhere/train2014.npy: [Errno 2]"),
-    ("new", ["--task", "sst2", "--init-from", "TEXT"], "--init-task: found '', expected"),
-    ("new", ["--init-from", "TEXT", "--method", "mam"], "method was hyperpelt, is mam"),
-    ("new", ["--table", "/nowhere"], "/nowhere"),
-])
+@pytest.mark.parametrize(
+    "kind, more, words",
+    [
+        ("text", ["--resume", "--lr", 0.5, "--seed", 3], "lr was 0.02, is 0.5; seed was 0, is 3"),
+        ("text", ["--eval-only", "--protocol", "official"], "protocol was paper, is official"),
+        ("text", ["--ask", "a", "b", "--set", *SIZES[:3]], "bottleneck was 4, is 24"),
+        ("text", ["--ask", "a dog"], "--ask: rte takes sentence1; sentence2; found ['a dog']"),
+        ("image", ["--ask", "what", "is", "it"], "vqa takes question; image, as SET:ID"),
+        ("image", ["--ask", "what", "val2014:99"], "no features, such as"),
+        ("image", ["--ask", "what", "nowhere:5"], "nowhere"),
+        ("image", ["--ask", "what", "5"], "SET:ID"),
+        ("image", ["--predict", "test"], "--predict test: vqa has train, validation"),
+        ("new", ["--task", "rtf"], "task 'rtf' is unknown; the known ones are cola"),
+        ("new", ["--data-dir", "/nowhere"], "/nowhere/RTE/train.tsv: [Errno 2] No such file"),
+        ("new", ["--model", "/nowhere"], "/nowhere"),
+        ("new", ["--set", "prefix=3"], "--set prefix=3"),
+        ("new", ["--set", "prefix_length=many"], "--set prefix_length=many: invalid literal"),
+        ("new", ["--set", "sharing=all"], "sharing: found 'all', expected one of default, shared"),
+        ("new", ["--eval-only"], "config.json: [Errno 2] No such file"),
+        ("new", ["--task", "vqa", "--method", "norms"], "lets no image in"),
+        ("new", ["--task", "vqa", "--set", "prefix_length=7"], "found 5 grid cells, expected 7"),
+        ("new", ["--task", "vqa", "--features", "/nowhere"], "/nowhere/train2014.npy: [Errno 2]"),
+        ("new", ["--task", "sst2", "--init-from", "TEXT"], "--init-task: found '', expected"),
+        ("new", ["--init-from", "TEXT", "--method", "mam"], "method was hyperpelt, is mam"),
+        ("new", ["--table", "/nowhere"], "/nowhere"),
+    ],
+)
 def test_mistakes_end_in_one_line(kind, more, words, text, image, folder, tmp_path):
-    arguments = {"new": command(folder, "rte", tmp_path, "--protocol", "official"),
-                 "text": ["--run", text], "image": ["--run", image]}
+    arguments = {
+        "new": command(folder, "rte", tmp_path, "--protocol", "official"),
+        "text": ["--run", text],
+        "image": ["--run", image],
+    }
     more = [text if argument == "TEXT" else argument for argument in more]
     assert words in refusal(*arguments[kind], *more)
 
 
 # ---- batches -------------------------------------------------------------------------------------
 
+
 def batches_of(splits, steps=10, temperature=2.0, seed=0):
     """{task: training examples} -> Batches. Tokens are letters, and every text ends with 1."""
     run = SimpleNamespace(device="cpu", encode=lambda text: [*map(ord, text), 1])
-    run.args = SimpleNamespace(batch_size=8, max_steps=steps, epochs=1, seed=seed, accumulate=1,
-                               task_temperature=temperature, max_source_length=999)
+    run.args = SimpleNamespace(
+        batch_size=8,
+        max_steps=steps,
+        epochs=1,
+        seed=seed,
+        accumulate=1,
+        task_temperature=temperature,
+        max_source_length=999,
+    )
     run.tasks = run.splits = {name: {"train": examples} for name, examples in splits.items()}
     return train.Batches(run)
 
@@ -364,8 +424,10 @@ def test_tasks_are_drawn_by_the_documented_formula():
     examples = examples_of(["x"]) * max(counts)
     splits = {str(i): examples[:count] for i, count in enumerate(counts)}
     roots = np.sqrt(counts) / np.sqrt(counts).sum()
-    for temperature, expected in ((10, [.109, .134, .100, .158, .105, .159, .140, .096]),
-                                  (2, roots)):
+    for temperature, expected in (
+        (10, [0.109, 0.134, 0.100, 0.158, 0.105, 0.159, 0.140, 0.096]),
+        (2, roots),
+    ):
         turns = batches_of(splits, 100_000, temperature=temperature).task_of_step
         assert np.bincount(turns) / 100_000 == pytest.approx(np.array(expected), abs=0.006)
 
@@ -373,8 +435,10 @@ def test_tasks_are_drawn_by_the_documented_formula():
 def test_an_epoch_holds_each_example_once_and_batches_hold_similar_lengths():
     texts = ["a" * length for length in range(1, 204)]
     batches = batches_of({"rte": examples_of(texts)}, steps=52)
-    epochs = [[rows_of(only_part(batches, step)) for step in range(start, start + 26)]
-              for start in (0, 26)]
+    epochs = [
+        [rows_of(only_part(batches, step)) for step in range(start, start + 26)]
+        for start in (0, 26)
+    ]
     for epoch in epochs:
         assert sorted(sum(epoch, []), key=len) == texts
         assert sorted(map(len, epoch)) == [3] + [8] * 25
@@ -412,6 +476,7 @@ def test_padding():
 
 # ---- training ------------------------------------------------------------------------------------
 
+
 def test_the_learning_rate():
     """Twelve steps, four of them warm-up."""
     args = SimpleNamespace(lr=8.0, warmup_steps=4, schedule="linear")
@@ -436,8 +501,9 @@ def test_the_layer_norms_have_a_rate_of_their_own(folder, tmp_path):
 def test_the_best_checkpoint_has_the_best_mean_over_all_metrics(folder, tmp_path, monkeypatch):
     """The mean over tasks would choose the first one. Of equal means, the earlier one counts."""
     values = iter([0.9, 0.1, 0.5, 0.4, 0.5, 0.4])
-    monkeypatch.setattr(data, "score",
-                        lambda task, *_: dict.fromkeys(task.metrics, next(values, 0.0)))
+    monkeypatch.setattr(
+        data, "score", lambda task, *_: dict.fromkeys(task.metrics, next(values, 0.0))
+    )
     write = mock.Mock(wraps=data.write_file)
     monkeypatch.setattr(data, "write_file", write)
     call(*command(folder, "rte,stsb", tmp_path))
@@ -449,14 +515,25 @@ def test_the_best_checkpoint_has_the_best_mean_over_all_metrics(folder, tmp_path
     assert checkpoints == ["last.pt"] + ["last.pt", "best.safetensors"] * 2 + ["last.pt"]
 
 
-@pytest.mark.parametrize("more, has, lacks", [
-    (["--vision", "prefix"], "visual_hypernetworks.to_key.weight", "visual_hypernetworks.scale"),
-    (["--vision", "adapter"], "visual_hypernetworks.scale", "visual_hypernetworks.to_key.weight"),
-    (["--vision", "tokens", "--method", "mam"], "learned.scale", "visual_embedding.weight"),
-    (["--vision", "tokens", "--method", "full"], "t5.shared.weight", "learned.scale"),
-    (["--vision", "shuffled"], "visual_hypernetworks.scale", "image_tokens.weight"),
-    (["--dtype", "bfloat16"], "visual_hypernetworks.scale", "image_tokens.weight"),
-])
+@pytest.mark.parametrize(
+    "more, has, lacks",
+    [
+        (
+            ["--vision", "prefix"],
+            "visual_hypernetworks.to_key.weight",
+            "visual_hypernetworks.scale",
+        ),
+        (
+            ["--vision", "adapter"],
+            "visual_hypernetworks.scale",
+            "visual_hypernetworks.to_key.weight",
+        ),
+        (["--vision", "tokens", "--method", "mam"], "learned.scale", "visual_embedding.weight"),
+        (["--vision", "tokens", "--method", "full"], "t5.shared.weight", "learned.scale"),
+        (["--vision", "shuffled"], "visual_hypernetworks.scale", "image_tokens.weight"),
+        (["--dtype", "bfloat16"], "visual_hypernetworks.scale", "image_tokens.weight"),
+    ],
+)
 def test_other_ways_to_train(more, has, lacks, image, folder, tmp_path):
     """Trained tensors are always float32. Of shuffled images, none has its own features."""
     call(*command(folder, "vqa", tmp_path / "run", *SHORT, *more))
@@ -471,17 +548,24 @@ def test_other_ways_to_train(more, has, lacks, image, folder, tmp_path):
     assert sorted(found.values()) == sorted(own.values())
 
 
-@pytest.mark.parametrize("processes, more", [
-    (2, []), (1, ["--accumulate", 3]), (2, ["--accumulate", 2, "--recompute"])])
+@pytest.mark.parametrize(
+    "processes, more", [(2, []), (1, ["--accumulate", 3]), (2, ["--accumulate", 2, "--recompute"])]
+)
 def test_a_batch_in_parts_does_what_a_whole_one_does(processes, more, folder, tmp_path):
     """Without dropout. The last batch of an epoch has one example, so some parts have none."""
     model = shutil.copytree(SAMPLE / "mini-t5", tmp_path / "model")
     config = read(model / "config.json") | {"dropout_rate": 0.0}
     (model / "config.json").write_text(json.dumps(config))
     whole = call(*command(folder, "vqa,rte", tmp_path / "whole", "--model", model))
-    done = run_cli("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                   "--", "train.py", *command(folder, "vqa,rte", tmp_path / "parts", "--model",
-                                              model, *more))
+    done = run_cli(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "--",
+        "train.py",
+        *command(folder, "vqa,rte", tmp_path / "parts", "--model", model, *more),
+    )
     assert done.returncode == 0, done.stderr
     # The metrics and outputs that a run prints.
     assert whole.split("task ")[1].split(str(tmp_path))[0] in done.stdout
@@ -500,10 +584,23 @@ def test_recomputed_activations_give_the_same_run(image, folder, tmp_path):
 
 # ---- using a trained run -------------------------------------------------------------------------
 
+
 def test_transfer(text, folder, tmp_path):
     """A new task starts with another one's embedding, a known one with its own."""
-    call(*command(folder, "sst2,rte", tmp_path / "run", *SHORT, "--lr", 0, "--init-from", text,
-                  "--init-task", "stsb"))
+    call(
+        *command(
+            folder,
+            "sst2,rte",
+            tmp_path / "run",
+            *SHORT,
+            "--lr",
+            0,
+            "--init-from",
+            text,
+            "--init-task",
+            "stsb",
+        )
+    )
     after, expected = (load_file(run / "best.safetensors") for run in (tmp_path / "run", text))
     expected["task.sst2"] = expected.pop("task.stsb")
     assert after.keys() == expected.keys()
@@ -557,8 +654,11 @@ def test_the_tour_walks_through_a_run(text):
 
 
 def test_predictions(text, image):
-    for split, name in (("validation", "RTE-validation"), ("test", "RTE-test"),
-                        ("submission", "RTE")):
+    for split, name in (
+        ("validation", "RTE-validation"),
+        ("test", "RTE-test"),
+        ("submission", "RTE"),
+    ):
         call("--run", text, "--predict", split)
         header, *rows = (text / f"{name}.tsv").read_text().splitlines()
         assert header == "index\tprediction" and len(rows) == (2 if split == "submission" else 8)
@@ -573,8 +673,9 @@ def test_predictions(text, image):
 
 
 def test_several_seeds_and_their_table(folder, tmp_path):
-    arguments = command(folder, "rte", tmp_path, *SHORT, "--num-seeds", 2,
-                        "--max-train-examples", 30)
+    arguments = command(
+        folder, "rte", tmp_path, *SHORT, "--num-seeds", 2, "--max-train-examples", 30
+    )
     printed = call(*arguments)
     weights = [(tmp_path / f"seed-{seed}" / "best.safetensors").read_bytes() for seed in (0, 1)]
     assert weights[0] != weights[1]
@@ -597,12 +698,14 @@ def test_a_table_by_hand(text, tmp_path):
         (tmp_path / folder / "config.json").write_text(json.dumps(record))
         (tmp_path / folder / "metrics.json").write_text(json.dumps(result))
     folders = [str(tmp_path / name) for name in ("four", "five")]
-    head, _, *rows = [line.strip("| ").split(" | ") for line in
-                      call("--table", *folders).splitlines()]
+    head, _, *rows = [
+        line.strip("| ").split(" | ") for line in call("--table", *folders).splitlines()
+    ]
     shown = f"70.00 ± {100 * statistics.stdev([0.6, 0.8]):.2f} (2 runs)"
     assert head == ["run", "rte accuracy, test", "mean, test"]
     assert rows == [[folders[0], shown, shown], [folders[1], "70.00", "70.00"]]
     record["config"]["bottleneck"] = 5
     (tmp_path / "four" / "seed-1" / "config.json").write_text(json.dumps(record))
     assert "seed-1: is no other seed of the same run: bottleneck was 4, is 5" in refusal(
-        "--table", folders[0])
+        "--table", folders[0]
+    )

@@ -4,6 +4,7 @@
 
 Another exception, or no end within 20 seconds, is reported with the number of the case.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -46,12 +47,27 @@ TEXTS = [
     ("SNLI-VE/snli_ve_{}.jsonl", "train dev test", "", SNLIVE, ""),
     ("TREC/{}.label", "train_5500 TREC_10", "", "NUM:dist How far is it ?", ""),
     ("aclImdb/{}/0_9.txt", "train/pos train/neg test/pos test/neg", "", "A good film.", ""),
-    ("GQA/{}_balanced_questions.json", "train val", "{",
-     '"1": {"imageId": "2", "question": "Why?", "answer": "so"}', "}"),
-    ("VQAv2/v2_OpenEnded_mscoco_{}_questions.json", "train2014 val2014", '{"questions": [',
-     '{"question_id": 1, "image_id": 1, "question": "Why?"}', "]}"),
-    ("VQAv2/v2_mscoco_{}_annotations.json", "train2014 val2014", '{"annotations": [', ANNOTATION,
-     "]}"),
+    (
+        "GQA/{}_balanced_questions.json",
+        "train val",
+        "{",
+        '"1": {"imageId": "2", "question": "Why?", "answer": "so"}',
+        "}",
+    ),
+    (
+        "VQAv2/v2_OpenEnded_mscoco_{}_questions.json",
+        "train2014 val2014",
+        '{"questions": [',
+        '{"question_id": 1, "image_id": 1, "question": "Why?"}',
+        "]}",
+    ),
+    (
+        "VQAv2/v2_mscoco_{}_annotations.json",
+        "train2014 val2014",
+        '{"annotations": [',
+        ANNOTATION,
+        "]}",
+    ),
     ("COCO/dataset_coco.json", "all", '{"images": [', KARPATHY, "]}"),
 ]
 
@@ -94,8 +110,12 @@ def write_models(folder):
 
 def write_run(folder, model, data_dir):
     """Train a run and export it; copy a tokenizer and features -> readers."""
-    shutil.copytree(train.SAMPLE / "mini-t5", model, dirs_exist_ok=True,
-                    ignore=shutil.ignore_patterns("*.json", "*.safetensors"))
+    shutil.copytree(
+        train.SAMPLE / "mini-t5",
+        model,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("*.json", "*.safetensors"),
+    )
     shutil.copytree(train.SAMPLE / "vqa" / "features", folder / "features")
     common = ["--model", str(model), "--data-dir", str(data_dir), "--run", str(folder / "run")]
     train.run_once(train.read_settings([*common, "--max-steps", "2"]))

@@ -8,6 +8,7 @@ transformers with LoRA and prefixes of peft, images of 49 x 2048 features, and t
 programs take turns, and the tables show medians. At the end it computes from them how long the
 paper's runs would take.
 """
+
 import argparse
 import json
 import subprocess
@@ -27,10 +28,26 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SMALL = T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
 # About so many tokens per source text, and training rows, of the eight GLUE tasks.
-LENGTHS = {"cola": 12, "sst2": 14, "mrpc": 55, "qqp": 34, "stsb": 34, "mnli": 46, "qnli": 54,
-           "rte": 76}
-ROWS = {"cola": 8551, "sst2": 66349, "mrpc": 3668, "qqp": 362846, "stsb": 5749, "mnli": 391702,
-        "qnli": 103743, "rte": 2490}
+LENGTHS = {
+    "cola": 12,
+    "sst2": 14,
+    "mrpc": 55,
+    "qqp": 34,
+    "stsb": 34,
+    "mnli": 46,
+    "qnli": 54,
+    "rte": 76,
+}
+ROWS = {
+    "cola": 8551,
+    "sst2": 66349,
+    "mrpc": 3668,
+    "qqp": 362846,
+    "stsb": 5749,
+    "mnli": 391702,
+    "qnli": 103743,
+    "rte": 2490,
+}
 TARGET_LENGTH = 4
 # Reconstructed: steps of 128 examples on GLUE. Borrowed from VL-Adapter: 20 epochs, here of VQAv2,
 # GQA and COCO captions, one of an image's captions each time.
@@ -39,6 +56,7 @@ VL_STEPS = 20 * (443757 + 943000 + 113287) // 128
 
 
 # ---- programs ------------------------------------------------------------------------------------
+
 
 def draw_lengths(steps):
     """Source lengths of so many batches of GLUE, each of one task with p ~ sqrt(rows)."""
@@ -51,8 +69,10 @@ def draw_batch(config, size, length):
     """-> input_ids [B, S], labels [B, T]: ids without pad and eos."""
     generator = torch.Generator().manual_seed(length)
     shapes = ((size, length), (size, TARGET_LENGTH))
-    return [torch.randint(2, config.vocab_size, shape, generator=generator).to(DEVICE)
-            for shape in shapes]
+    return [
+        torch.randint(2, config.vocab_size, shape, generator=generator).to(DEVICE)
+        for shape in shapes
+    ]
 
 
 @torch.no_grad()
@@ -100,6 +120,7 @@ def their_program(config, method):
 
 
 # ---- measurements --------------------------------------------------------------------------------
+
 
 def wait():
     if CUDA:
@@ -149,8 +170,11 @@ def compare(title, programs, batches, rounds):
         seconds = np.array(program.seconds[-rounds:])
         medians[program.name] = np.median(seconds)
         median = medians[program.name]
-        print(f"{program.name:28}{1 / median:9.2f}{size / median:12.0f}"
-              f"{np.median(seconds / reference):10.2f}{program.peak:11.2f}", flush=True)
+        print(
+            f"{program.name:28}{1 / median:9.2f}{size / median:12.0f}"
+            f"{np.median(seconds / reference):10.2f}{program.peak:11.2f}",
+            flush=True,
+        )
     return medians
 
 
@@ -176,8 +200,9 @@ def measure_text(config, args):
         medians = compare("GLUE's lengths, bfloat16", programs, batches, args.rounds)
     profile("hyperpelt on GLUE's lengths", programs[0], batches)
     del programs[1:]
-    programs.append(Program("hyperpelt, torch.compile",
-                            lambda: our_program(config, "hyperpelt", compiled=True)))
+    programs.append(
+        Program("hyperpelt, torch.compile", lambda: our_program(config, "hyperpelt", compiled=True))
+    )
     compare("torch.compile of the blocks", programs, batches, args.rounds)
     return medians["hyperpelt"]
 
@@ -189,8 +214,9 @@ def measure_images(config, args):
     for size in args.batch_sizes:
         features = torch.rand(size, 49, width, device=DEVICE).half()
         batches = [[*draw_batch(config, size, 16), features]] * args.steps
-        medians = compare(f"questions of 16 tokens, 49 x {width} features", [program], batches,
-                          args.rounds)
+        medians = compare(
+            f"questions of 16 tokens, 49 x {width} features", [program], batches, args.rounds
+        )
     profile("hyperpelt with images", program, batches)
     return medians["hyperpelt, images"]
 
@@ -231,9 +257,11 @@ def main():
     text = measure_text(config, args)
     images = measure_images(config, args)
     if CUDA:
-        print("\nThe paper's runs at these speeds, without evaluation"
-              f"\nGLUE, {GLUE_STEPS:,} steps of 128 [R]: {GLUE_STEPS * text / 3600:.1f} hours"
-              f"\nVL, {VL_STEPS:,} steps of 128 [X]: {VL_STEPS * images / 3600:.1f} hours")
+        print(
+            "\nThe paper's runs at these speeds, without evaluation"
+            f"\nGLUE, {GLUE_STEPS:,} steps of 128 [R]: {GLUE_STEPS * text / 3600:.1f} hours"
+            f"\nVL, {VL_STEPS:,} steps of 128 [X]: {VL_STEPS * images / 3600:.1f} hours"
+        )
     if failed:
         sys.exit("; ".join(failed))
 

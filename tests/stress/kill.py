@@ -1,7 +1,8 @@
 """Kill a training run at random moments and resume it: its result is that of a run left alone.
 
-    python tests/stress/kill.py --kills 50
+python tests/stress/kill.py --kills 50
 """
+
 import argparse
 import random
 import shutil

@@ -1,7 +1,8 @@
 """Does memory grow in a long run? Train on 200,000 made-up questions about 50,000 images (Linux).
 
-    python tests/stress/long.py --steps 3000
+python tests/stress/long.py --steps 3000
 """
+
 import argparse
 import json
 import os
@@ -62,7 +63,7 @@ def main():
         data.run(train.main)
 
     # In the first quarter, the allocator finds its size.
-    steps, *columns = np.array(seen[len(seen) // 4:]).T
+    steps, *columns = np.array(seen[len(seen) // 4 :]).T
     for name, values in zip(["own memory", "mapped files", "open files"], columns, strict=True):
         slope = 1000 * np.polyfit(steps, values, 1)[0]
         print(f"{name:14}{values.min():8.0f} to {values.max():8.0f}, {slope:+.1f} per 1,000 steps")

@@ -5,6 +5,7 @@
 
 The tests of the mistaken file come first, then all others, up to the first failure.
 """
+
 import argparse
 import ast
 import io
@@ -33,6 +34,7 @@ for pair in PAIRS.split(", "):
 
 
 # ---- mistakes: (name, file, the file's new text) -------------------------------------------------
+
 
 def read_traps():
     """Read traps.txt. Exits with a list of the old texts that are not found exactly once."""
@@ -73,7 +75,7 @@ def draw_mistakes(count, seed):
         lines = (ROOT / file).read_text().split("\n")
         number, column = token.start
         line = lines[number - 1]
-        lines[number - 1] = line[:column] + new + line[token.end[1]:]
+        lines[number - 1] = line[:column] + new + line[token.end[1] :]
         try:
             ast.parse("\n".join(lines))
         except SyntaxError:
@@ -87,14 +89,28 @@ def draw_mistakes(count, seed):
 
 # ---- tests ---------------------------------------------------------------------------------------
 
+
 def first_failure(folder, file):
     """Run the tests in a copy of the repository -> the name of the first that fails, or ""."""
     first = folder / "tests" / f"test_{file}"
     others = sorted(set(first.parent.glob("test_*.py")) - {first})
     for tests in ([first], others):
         # `timeout` also kills the processes that a test has started.
-        command = ["timeout", "-s", "KILL", SECONDS, sys.executable, "-m", "pytest", "-x", "-q",
-                   "--tb=no", "-p", "no:cacheprovider", *tests]
+        command = [
+            "timeout",
+            "-s",
+            "KILL",
+            SECONDS,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--tb=no",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         for line in done.stdout.splitlines():

@@ -7,6 +7,7 @@ The stand-ins have the formats and sizes of the public files and random content:
 texts are pieces of another text. Features are 49 x 2048 for 2,000 images. What the models say means
 nothing; time, memory and whether the programs do their work are what is looked at.
 """
+
 import argparse
 import http.server
 import json
@@ -53,6 +54,7 @@ ANSWERS = ["yes", "no", "2", "1", "white", "3", "red", "blue", "tennis", "on the
 
 # ---- stand-ins -----------------------------------------------------------------------------------
 
+
 class Texts:
     """Pieces of a text, about so many words long."""
 
@@ -63,8 +65,10 @@ class Texts:
     def draw(self, mean, count):
         lengths = self.rng.poisson(mean - 1, count) + 1
         starts = self.rng.integers(len(self.words) - 4 * mean, size=count)
-        return [" ".join(self.words[start:start + length])
-                for start, length in zip(starts, lengths, strict=True)]
+        return [
+            " ".join(self.words[start : start + length])
+            for start, length in zip(starts, lengths, strict=True)
+        ]
 
 
 def write_t5(folder, config, tokenizer):
@@ -111,26 +115,47 @@ def write_vl(folder, texts):
         for i, text in enumerate(texts.draw(6, rows)):
             row = {"image_id": i % images, "question_id": i}
             questions.append(row | {"question": f"{text}?"})
-            answers = [{"answer": str(answer), "answer_confidence": "yes", "answer_id": j + 1}
-                       for j, answer in enumerate(texts.rng.choice(ANSWERS[:4], 10))]
-            annotations.append(row | {"question_type": "what", "answer_type": "other",
-                                      "multiple_choice_answer": "yes", "answers": answers})
+            answers = [
+                {"answer": str(answer), "answer_confidence": "yes", "answer_id": j + 1}
+                for j, answer in enumerate(texts.rng.choice(ANSWERS[:4], 10))
+            ]
+            annotations.append(
+                row
+                | {
+                    "question_type": "what",
+                    "answer_type": "other",
+                    "multiple_choice_answer": "yes",
+                    "answers": answers,
+                }
+            )
         name = f"mscoco_{part}2014"
-        write_json(folder / "VQAv2" / f"v2_OpenEnded_{name}_questions.json",
-                   {"info": {}, "questions": questions})
-        write_json(folder / "VQAv2" / f"v2_{name}_annotations.json",
-                   {"info": {}, "annotations": annotations})
-        captions = [{"image_id": i // 5, "id": i, "caption": text}
-                    for i, text in enumerate(texts.draw(10, 5 * images))]
+        write_json(
+            folder / "VQAv2" / f"v2_OpenEnded_{name}_questions.json",
+            {"info": {}, "questions": questions},
+        )
+        write_json(
+            folder / "VQAv2" / f"v2_{name}_annotations.json",
+            {"info": {}, "annotations": annotations},
+        )
+        captions = [
+            {"image_id": i // 5, "id": i, "caption": text}
+            for i, text in enumerate(texts.draw(10, 5 * images))
+        ]
         write_json(folder / "COCO" / f"captions_{part}2014.json", {"annotations": captions})
 
     write_features(folder / "features" / "gqa", sum(IMAGES))
     # What GQA says of a question besides its text takes 1 kB in its files.
     filler = [{"operation": "select", "dependencies": [], "argument": "x" * 40}] * 10
     for file, rows in zip(("train", "val"), GQA_SIZES, strict=True):
-        questions = {str(i): {"semantic": filler, "imageId": str(i % sum(IMAGES)),
-                              "question": f"{text}?", "answer": ANSWERS[i % 10]}
-                     for i, text in enumerate(texts.draw(8, rows))}
+        questions = {
+            str(i): {
+                "semantic": filler,
+                "imageId": str(i % sum(IMAGES)),
+                "question": f"{text}?",
+                "answer": ANSWERS[i % 10],
+            }
+            for i, text in enumerate(texts.draw(8, rows))
+        }
         write_json(folder / "GQA" / f"{file}_balanced_questions.json", questions)
 
 
@@ -143,8 +168,10 @@ def write_features(path, images):
     features = np.lib.format.open_memmap(f"{path}.npy", "w+", np.float16, (images, 49, 2048))
     for row in features:
         row[:] = np.maximum(rng.standard_normal(row.shape, np.float32), 0)
-    write_json(Path(f"{path}.json"), {"ids": list(range(images)), "kind": "noise", "weights": "0",
-                                      "preprocessing": {}})
+    write_json(
+        Path(f"{path}.json"),
+        {"ids": list(range(images)), "kind": "noise", "weights": "0", "preprocessing": {}},
+    )
 
 
 def write_clip(folder):
@@ -155,9 +182,12 @@ def write_clip(folder):
     resnet = clip_features.ModifiedResNet(64, (3, 4, 23, 3), 7)
     for name, encoder in (("RN101", resnet), ("ViT-B-32", clip_features.VisionTransformer())):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        tensors = {encoder.name_prefix + key: torch.randn_like(value) / value[0].numel()**0.5
-                   if value.dim() > 1 else value.float().nan_to_num(0, 0, 0).clamp(-1, 1)
-                   for key, value in encoder.state_dict().items()}
+        tensors = {
+            encoder.name_prefix + key: torch.randn_like(value) / value[0].numel() ** 0.5
+            if value.dim() > 1
+            else value.float().nan_to_num(0, 0, 0).clamp(-1, 1)
+            for key, value in encoder.state_dict().items()
+        }
         if name == "RN101":
             # Its attention pool tells the side of the images, and is not read otherwise.
             tensors["visual.attnpool.positional_embedding"] = torch.zeros(50, 2048)
@@ -179,6 +209,7 @@ def write(folder, args):
 
 
 # ---- a run that is watched -----------------------------------------------------------------------
+
 
 def memory(key, file="status"):
     """VmHWM, the largest memory of this process so far, or another entry, in GiB."""
@@ -214,12 +245,22 @@ def watch(report, args):
         share = None
         if len(steps) >= 5:
             rows = profiler.key_averages()
-            products = [row.self_cpu_time_total for row in rows
-                        if re.search("mm|convolution|linear$", row.key)]
+            products = [
+                row.self_cpu_time_total
+                for row in rows
+                if re.search("mm|convolution|linear$", row.key)
+            ]
             share = sum(products) / sum(row.self_cpu_time_total for row in rows)
-        write_json(Path(f"{report}-{train.RANK}"), {
-            "steps": steps, "seconds": time.time() - args.start, "peak": memory("VmHWM"),
-            "pss": memory("Pss", "smaps_rollup"), "products": share})
+        write_json(
+            Path(f"{report}-{train.RANK}"),
+            {
+                "steps": steps,
+                "seconds": time.time() - args.start,
+                "peak": memory("VmHWM"),
+                "pss": memory("Pss", "smaps_rollup"),
+                "products": share,
+            },
+        )
 
 
 def call(program, *arguments, launcher=(), **environment):
@@ -231,28 +272,56 @@ def call(program, *arguments, launcher=(), **environment):
 
 def measure(folder, *arguments, processes=1, **environment):
     """Run train.py with arguments and print what `watch` found in each process."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                "--") if processes > 1 else ()
-    call(Path(__file__), "watch", folder / "report", "--start", time.time(), "--", *arguments,
-         launcher=launcher, **environment)
+    launcher = (
+        ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--")
+        if processes > 1
+        else ()
+    )
+    call(
+        Path(__file__),
+        "watch",
+        folder / "report",
+        "--start",
+        time.time(),
+        "--",
+        *arguments,
+        launcher=launcher,
+        **environment,
+    )
     for rank in range(processes):
         found = json.loads((folder / f"report-{rank}").read_text())
         if len(found["steps"]) > 1:
             times = [seconds for _, seconds, _ in found["steps"]]
-            print(f"the first step ended after {times[1]:.1f} s with a peak of"
-                  f" {found['steps'][1][2]:.2f} GiB; a step takes"
-                  f" {np.median(np.diff(times)):.2f} s (median)")
+            print(
+                f"the first step ended after {times[1]:.1f} s with a peak of"
+                f" {found['steps'][1][2]:.2f} GiB; a step takes"
+                f" {np.median(np.diff(times)):.2f} s (median)"
+            )
         if found["products"]:
             print(f"matrix products: {found['products']:.0%} of the time of a step")
-        print(f"peak {found['peak']:.2f} GiB (shared parts divided: {found['pss']:.2f} GiB at the"
-              f" end), in all {found['seconds']:.0f} s", flush=True)
+        print(
+            f"peak {found['peak']:.2f} GiB (shared parts divided: {found['pss']:.2f} GiB at the"
+            f" end), in all {found['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def tasks_of(folder, kind):
     """The options of a run on all GLUE tasks or all with images."""
-    options = ["--task", kind, "--model", folder / "t5-base", "--data-dir", folder / kind,
-               "--features", folder / "vl" / "features", "--run", folder / "runs" / kind,
-               "--max-eval-examples", 8]
+    options = [
+        "--task",
+        kind,
+        "--model",
+        folder / "t5-base",
+        "--data-dir",
+        folder / kind,
+        "--features",
+        folder / "vl" / "features",
+        "--run",
+        folder / "runs" / kind,
+        "--max-eval-examples",
+        8,
+    ]
     return options + ["--protocol", "official"] * (kind == "vl")
 
 
@@ -263,8 +332,17 @@ def train_and_use(folder, args):
     shutil.rmtree(run, ignore_errors=True)
     options = tasks_of(folder, kind)
     # It stops where it is half done. The second command does the rest.
-    length = ["--max-steps", args.steps, "--batch-size", args.batch_size, "--warmup-steps", 10,
-              "--eval-every", args.steps // 2, *args.more]
+    length = [
+        "--max-steps",
+        args.steps,
+        "--batch-size",
+        args.batch_size,
+        "--warmup-steps",
+        10,
+        "--eval-every",
+        args.steps // 2,
+        *args.more,
+    ]
     measure(folder, *options, *length, STOP_AT=str(args.steps // 2))
     measure(folder, *options, "--resume")
     measure(folder, *options, "--eval-only")
@@ -274,8 +352,10 @@ def train_and_use(folder, args):
 
 # ---- several processes ---------------------------------------------------------------------------
 
+
 class SlowServer(http.server.SimpleHTTPRequestHandler):
     """Serves the T5 as the hub does and zips of GLUE, with 20 MB/s per connection."""
+
     fetched = []
 
     def do_GET(self):
@@ -310,7 +390,8 @@ def serve(folder):
                     # Only that it is there matters.
                     archive.write(files / task.files["validation"], f"{task.folder}/{file}")
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(SlowServer, directory=str(served)))
+        ("127.0.0.1", 0), partial(SlowServer, directory=str(served))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
 
@@ -331,8 +412,20 @@ def compare_processes(folder, args):
         for processes in (1, 2):
             run = folder / "runs" / f"{kind}-{processes}"
             shutil.rmtree(run, ignore_errors=True)
-            options = [*tasks_of(folder, kind), "--model", plain, "--run", run, "--max-steps", 10,
-                       "--batch-size", args.batch_size, "--eval-every", 10, *args.more]
+            options = [
+                *tasks_of(folder, kind),
+                "--model",
+                plain,
+                "--run",
+                run,
+                "--max-steps",
+                10,
+                "--batch-size",
+                args.batch_size,
+                "--eval-every",
+                10,
+                *args.more,
+            ]
             environment = {"OMP_NUM_THREADS": "1"}
             if kind == "glue":
                 # MRPC is not in a zip.
@@ -353,6 +446,7 @@ def compare_processes(folder, args):
 
 # ---- the rest ------------------------------------------------------------------------------------
 
+
 def extract(folder, args):
     """Features of 200 images by both kinds of CLIP."""
     for name in ("RN101", "ViT-B-32"):
@@ -360,8 +454,15 @@ def extract(folder, args):
         out.unlink(missing_ok=True)
         out.with_suffix(".json").unlink(missing_ok=True)
         start = time.time()
-        call("clip_features.py", "--model", folder / "clip" / name, "--images",
-             folder / "clip" / "images", "--out", out)
+        call(
+            "clip_features.py",
+            "--model",
+            folder / "clip" / name,
+            "--images",
+            folder / "clip" / "images",
+            "--out",
+            out,
+        )
         seconds = time.time() - start
         print(f"{name}: {np.load(out).shape}, {seconds:.0f} s, {200 / seconds:.1f} images/s")
 
@@ -370,8 +471,11 @@ def counts(folder, args):
     """hyperpelt.py counts without weights; a loaded model is counted here."""
     call("hyperpelt.py", "--model", folder / "t5-base")
     for method in ("hyperpelt", "hyperprefix", "adapter", "full"):
-        model = HyperPELT(t5.T5.from_pretrained(folder / "t5-base"),
-                          [f"task {i}" for i in range(8)], HyperPELTConfig(method))
+        model = HyperPELT(
+            t5.T5.from_pretrained(folder / "t5-base"),
+            [f"task {i}" for i in range(8)],
+            HyperPELTConfig(method),
+        )
         print(f"{method}, loaded: {count(model.trained().values()):,} trained")
 
 
@@ -383,15 +487,20 @@ def activations(folder, args):
         config = t5.T5Config(**sizes)
         with torch.device("meta"):
             model = HyperPELT(t5.T5(config), ["a"], HyperPELTConfig())
-        print(f"{name}: {count(model.t5.parameters()) * 2 / 2**30:.2f} GiB of bfloat16 weights,"
-              f" {count(model.trained().values()) * 16 / 2**30:.2f} GiB for what is trained, its"
-              " gradients and AdamW's moments")
+        print(
+            f"{name}: {count(model.t5.parameters()) * 2 / 2**30:.2f} GiB of bfloat16 weights,"
+            f" {count(model.trained().values()) * 16 / 2**30:.2f} GiB for what is trained, its"
+            " gradients and AdamW's moments"
+        )
         for recompute in (False, True):
             kept = [activation_bytes(sizes, recompute, batch) for batch in (4, 8)]
             per_token = (kept[1] - kept[0]) / (4 * 128) / 2
             all_layers = config.num_layers * per_token * 128 * 64 / 2**30
-            print(f"  recompute={recompute}: {per_token:,.0f} bytes per source token and pair of"
-                  f" layers: {all_layers:.1f} GiB for 128 texts of 64 tokens", flush=True)
+            print(
+                f"  recompute={recompute}: {per_token:,.0f} bytes per source token and pair of"
+                f" layers: {all_layers:.1f} GiB for 128 texts of 64 tokens",
+                flush=True,
+            )
 
 
 def activation_bytes(sizes, recompute, batch):
@@ -441,7 +550,7 @@ def main():
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:end])
-    args.more = arguments[end + 1:]
+    args.more = arguments[end + 1 :]
     COMMANDS[args.what](args.folder.resolve(), args)
 
 
