@@ -148,21 +148,20 @@ def new_task():
 
 def budgets():
     """Prefixes against adapters with about the same number of trained parameters."""
-    sizes = ("hyperprefix prefix_length=1", "hyperadapter prefix_length=1 bottleneck=1",
-             "hyperprefix prefix_length=8", "hyperadapter prefix_length=1 bottleneck=3",
-             "hyperprefix prefix_length=49", "hyperadapter prefix_length=1 bottleneck=16")
-    for seed in range(3):
-        for label in sizes:
-            method, values = label.split(" ", 1)
-            yield Job("budgets", label, "rte", seed, f"{tuned(method)} --set {values}")
+    sizes = ("hyperprefix prefix_length=49", "hyperadapter prefix_length=1 bottleneck=16",
+             "hyperprefix prefix_length=1", "hyperadapter prefix_length=1 bottleneck=1",
+             "hyperprefix prefix_length=8", "hyperadapter prefix_length=1 bottleneck=3")
+    for label, seed in itertools.product(sizes, range(3)):
+        method, values = label.split(" ", 1)
+        yield Job("budgets", label, "sst2", seed, f"--method {method} --set {values}")
 
 
 def blocks():
-    """Prefixes in one kind of attention only."""
-    settings = f"{tuned('hyperprefix')} --set"
-    for seed in range(3):
-        for block in ATTENTION_BLOCKS:
-            yield Job("blocks", block, "rte", seed, f"{settings} 'prefix_blocks={block}'")
+    """Prefixes in one kind of attention only, and in none."""
+    for block, seed in itertools.product((*ATTENTION_BLOCKS, "norms"), range(3)):
+        settings = f"--method hyperprefix --set 'prefix_blocks={block}'"
+        settings = "--method norms" if block == "norms" else settings
+        yield Job("blocks", block, "sst2", seed, settings)
 
 
 def vision():
@@ -334,6 +333,11 @@ def spread(values):
     return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
 
 
+def each(by_seed):
+    """-> the last value of each seed, in percent."""
+    return " ".join(f"{100 * value:.1f}" for value in last_values(by_seed))
+
+
 def difference(by_seed, others):
     """-> mean difference of the last values of the same seeds, and its standard error, in
     percent. Empty for a run and itself."""
@@ -369,11 +373,13 @@ def ladder_table():
 
 
 def hyper_embedding_table():
-    yield "variant", "mean of both tasks", "minus hyperpelt"
+    yield "variant", "mean of both tasks", "minus hyperpelt", "`rte`", "`sst2`"
     found = curves("hyper-embedding")
-    for (_, variant), by_seed in found.items():
+    of_task = [curves("hyper-embedding", task=task) for task in ("rte", "sst2")]
+    for run, by_seed in found.items():
         whole = found["rte,sst2", "hyperpelt"]
-        yield variant, spread(last_values(by_seed)), difference(by_seed, whole)
+        yield (run[1], spread(last_values(by_seed)), difference(by_seed, whole),
+               *(each(values[run]) for values in of_task))
 
 
 def two_tasks_table():
@@ -402,24 +408,23 @@ def new_task_table():
 
 
 def budgets_table():
-    yield "method and sizes", "trained parameters", "test accuracy"
+    yield "method and sizes", "trained parameters", "accuracy", "seeds"
     t5_config = T5Config.from_file(SAMPLE / "mini-t5" / "config.json")
-    for (_, label), by_seed in curves("budgets", test=True).items():
+    for (_, label), by_seed in curves("budgets").items():
         method, *sizes = label.split()
         values = {name: int(size) for name, size in (text.split("=") for text in sizes)}
         with torch.device("meta"):
             model = HyperPELT(T5(t5_config), ["rte"], HyperPELTConfig(method, **values))
-        trained = count(model.trained().values())
-        yield f"`{method}`, {', '.join(sizes)}", f"{trained:,}", spread(last_values(by_seed))
+        yield (f"`{method}`, {', '.join(sizes)}", f"{count(model.trained().values()):,}",
+               spread(last_values(by_seed)), each(by_seed))
 
 
 def blocks_table():
-    yield "prefixes in", "test accuracy"
-    rungs = curves("ladder", test=True)
-    yield "no attention (`norms`)", spread(last_values(rungs["rte", "norms"]))
-    for (_, block), by_seed in curves("blocks", test=True).items():
-        yield block, spread(last_values(by_seed))
-    yield "all three (`hyperprefix`)", spread(last_values(rungs["rte", "hyperprefix"]))
+    yield "prefixes in", "accuracy", "seeds"
+    found = {block: by_seed for (_, block), by_seed in curves("blocks").items()}
+    whole = curves("budgets")["sst2", "hyperprefix prefix_length=49"]
+    for block, by_seed in {"all three": whole, **found}.items():
+        yield block, spread(last_values(by_seed)), each(by_seed)
 
 
 def vision_table():

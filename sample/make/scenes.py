@@ -271,7 +271,7 @@ def write_json(path, content):
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
-def write_subset(folder, subset, ids):
+def write_subset(folder, subset, ids, choose=choose):
     images = []
     questions = []
     annotations = []
