@@ -39,14 +39,15 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import UserError, reading, run, write_file
+from data import UserError, read_json_file, reading, run, write_file
 from t5 import find_checkpoint, load_weights, read_weights
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS)
 
-# The beginnings of tensor names that the features do not need: every other beginning than the
-# encoder's two, and in the encoder, what comes after the features.
+# Beginnings of the names of tensors that the features do not need. The first line is every name
+# that does not begin with one of the encoders' two prefixes. The others name parts of an encoder
+# that come after the features, or hold no weights.
 UNUSED = re.compile(
     r"(?!vision_model\.|visual\.)"
     r"|vision_model\.(post_layernorm\.|embeddings\.position_ids)"
@@ -239,10 +240,6 @@ class ModifiedResNet(ThreeConvolutions):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def read_json(path):
-    with reading(path):
-        return json.loads(path.read_bytes())
-
 
 def load_encoder(name_or_folder):
     """Return the encoder of a public CLIP and the path of its weights.
@@ -264,7 +261,7 @@ def load_encoder(name_or_folder):
         # The meta device gives shapes without memory. The tensors of the file take their places.
         with torch.device("meta"):
             if is_transformer:
-                config = read_json(folder / "config.json")
+                config = read_json_file(folder / "config.json")
                 encoder = VisionTransformer(**config.get("vision_config", config))
             else:
                 encoder = ModifiedResNet(*resnet_sizes(tensors))
@@ -290,7 +287,7 @@ def read_preprocessing(folder, trained_size, size, squash):
     the file leaves out or does in another way, such as no centre crop without `squash`.
     """
     path = folder / "preprocessor_config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_json_file(path) if path.exists() else {}
     # 3 is Pillow's number for bicubic.
     expected = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
     expected |= {"do_normalize": True, "do_center_crop": True}
@@ -353,7 +350,7 @@ class Images:
         else:
             self.images = open_array(source, np.uint8, 4)
             place = ids_file or source.with_suffix(".json")
-            ids = read_json(place)
+            ids = read_json_file(place)
         self.ids = check_ids(ids, self.images, place)
 
     def __getitem__(self, index):
@@ -362,8 +359,9 @@ class Images:
         if isinstance(pixels, Path):
             try:
                 image = self.open(pixels)
+                # More than 8 bits for a colour would be cut off at 255.
                 if image.mode.startswith(("I", "F")):
-                    raise ValueError("more than 8 bits for a colour would be cut off at 255")
+                    raise ValueError
                 pixels = np.array(image.convert("RGB"))
             except Exception:
                 # Decoders raise nearly every kind of exception. A black pixel stands for the image.
@@ -407,7 +405,7 @@ def load_features(path):
     """
     features = open_array(path, np.float16, 3)
     about_path = Path(path).with_suffix(".json")
-    about = read_json(about_path)
+    about = read_json_file(about_path)
     ids = check_ids(about.get("ids", []), features, about_path)
     skipped = about.get("skipped", [])
     row_of = {image_id: row for row, image_id in enumerate(ids) if image_id not in skipped}
@@ -423,7 +421,7 @@ def open_part(path, about):
         raise UserError(f"{path}: exists already; remove it and its .json to compute it again")
     path.parent.mkdir(parents=True, exist_ok=True)
     about_path = path.with_suffix(".json")
-    saved = read_json(about_path) if about_path.exists() else about
+    saved = read_json_file(about_path) if about_path.exists() else about
     at_start = saved | {"done": 0, "skipped": []}
     if at_start != about:
         raise UserError(f"{about_path}: has other settings, weights or images; remove it")

@@ -20,17 +20,13 @@ import sys
 import urllib.request
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from pickle import UnpicklingError
-from tokenize import TokenError
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 # ---- tasks and examples --------------------------------------------------------------------------
@@ -53,7 +49,7 @@ class Task:
     # The folder of its files, below the data folder.
     folder: str
     # The format of the files: (path, where) -> rows, see the file formats below.
-    read_rows: Callable
+    read_rows: object
     # "name in the source text=column of the file", in alphabetical order as in T5.
     fields: dict
     # "label in the file=label word". Empty: no classes.
@@ -123,11 +119,6 @@ class UserError(Exception):
     """A mistake that the user can mend: one line with the place, what was found and expected."""
 
 
-# What Python, PyTorch and safetensors raise for content that they cannot read. Damaged bytes can
-# lead a parser anywhere, so the list is long; where one of them is a bug, its text is shown.
-DAMAGED = (ValueError, TypeError, AttributeError, RuntimeError, EOFError, IndexError,
-           zipfile.BadZipFile, UnpicklingError, SafetensorError, TokenError)
-
 
 @contextlib.contextmanager
 def reading(place):
@@ -140,21 +131,30 @@ def reading(place):
     try:
         yield where
         return
-    except OSError as error:
-        problem = str(error)
+    except (UserError, NameError, MemoryError):
+        # The file is not to blame.
+        raise
     except json.JSONDecodeError as error:
         problem = f"not JSON: {error.msg}"
     except KeyError as error:
         problem = f"found no {error} among {', '.join(where.found) or 'its entries'}"
-    except DAMAGED as error:
+    except Exception as error:
+        # Damaged bytes can lead a parser anywhere. Where this is a bug, its text is shown.
         problem = str(error)
     raise UserError(f"{where.place}: {problem}")
 
 
+def read_json_file(path):
+    """Read a whole JSON file. Raises UserError."""
+    with reading(path):
+        return json.loads(Path(path).read_bytes())
+
+
 # ---- file formats --------------------------------------------------------------------------------
-# A format is a function (path, where) that yields the rows of a file as {column: cell}. `where` is
-# what `reading` yields: a format keeps its `place` at the row that it reads. A row may have four
-# entries that are no column of the file, "index", "image", "split" and "kind" (see make_example).
+# A format is a generator (path, where) of rows, each a dict {column: cell}. Before it parses a row,
+# it sets where.place, such as "train.tsv: line 7", which an error message then names. A row may
+# have four entries that are no column of the file: "index", "image" and "kind", which make_example
+# takes, and "split", which read_files takes.
 
 
 def read_lines(path, where, encoding="utf-8"):
@@ -213,12 +213,13 @@ def read_snlive(path, where):
         # The last spelling is the official generator's.
         image = row.get("Flickr30K_ID") or row.get("Flickr30kID") or row["Flikr30kID"]
         image = ("flickr30k", str(image).removesuffix(".jpg"))
-        yield {**row, "index": str(row["pairID"]), "image": image}
+        yield {**row, "index": row["pairID"], "image": image}
 
 
 # One value in an official file has at most so many characters.
 LONGEST_VALUE = 262_144
-# What stands before an entry: brackets, commas, and before the first entry of a list its key.
+# What stands before an entry: brackets, commas, white space, and the key (group 1) that begins a
+# list. Of an empty list and the one after it, group 1 is the second's key.
 BEFORE_ENTRY = re.compile(r'(?:[\s,\[\]]*"([^"]*)"\s*:)*[\s,\[\]]*')
 
 
@@ -268,7 +269,7 @@ def read_questions(path, where):
     image_set = path.stem.split("_")[-2].replace("test-dev", "test")
     for _, row in read_json(path, where, "questions"):
         image = (image_set, str(row["image_id"]))
-        yield {"index": str(row["question_id"]), "image": image, "question": row["question"]}
+        yield {**row, "index": row["question_id"], "image": image}
 
 
 def read_vqa(path, where):
@@ -325,8 +326,8 @@ def read_task(task, folder, protocol):
     if karpathy and task.name == "caption":
         return read_files(task, {"train": karpathy}, read_karpathy)
     if task.name == "mrpc" and not (folder / "train.tsv").exists():
-        # All rows name their split. Named here is the one that would be empty if GLUE's list of
-        # ids were another file's.
+        # Each row names its split. The key here is the split in which read_files expects examples:
+        # validation would be empty if GLUE's list of ids were another file's.
         return read_files(task, {"validation": folder / MRPC_SOURCE}, split_mrpc)
 
     paths = {split: folder / name for split, name in task.files.items()}
@@ -351,7 +352,7 @@ def split_by_image(splits, path):
 def read_files(task, paths, read_rows, labelled=True):
     """Read {split: path}. A row that names a split goes there. Return {split: [Example]}.
 
-    Raises UserError, also for a named split with fewer than 2 examples.
+    Raises UserError, also where a split that is a key of `paths` gets fewer than 2 examples.
     """
     splits = {}
     for name, path in paths.items():
@@ -370,7 +371,7 @@ def make_example(task, row, number, labelled):
     Raises ValueError for a wrong label or score.
     """
     parts = source_parts(task, [row[column] for column in task.fields.values()])
-    index = row.get("index", str(number))
+    index = str(row.get("index", number))
     gold, target, targets = read_label(task, row[task.column]) if labelled else (None, "", ())
     return Example(parts, target, gold, index, row.get("image"), targets, row.get("kind", ""))
 
@@ -394,7 +395,7 @@ def read_label(task, label):
 # Many examples have the same answers. With the cache, they share one result in memory.
 @cache
 def weigh_answers(answers):
-    """Return the answers, the likeliest one, and pairs (answer, its VQA accuracy)."""
+    """Return the answers, the likeliest one, and pairs (answer, its VQA accuracy, see metrics)."""
     counts = Counter(answer.strip() for answer in answers)
     targets = [(text, leave_one_out(counts[text], len(answers))) for text in counts if text]
     best = max(targets, key=lambda pair: pair[1], default=("", 0))
@@ -728,8 +729,9 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 @cache
 def normalise_answer(text):
     """Normalise as officially: punctuation, periods, lower case, numbers, articles, apostrophes."""
-    # A mark becomes a space. It is dropped where one stands beside a space, or if a comma stands
-    # between digits anywhere.
+    # Each mark becomes a space, with two exceptions that hold for the whole text. If it stands
+    # beside a space anywhere, all marks of its kind are dropped. If a comma stands between digits
+    # anywhere, all marks of all kinds are.
     result = text
     comma = re.search(r"\d,\d", text)
     for mark in PUNCTUATION:
@@ -861,8 +863,8 @@ def score(task, outputs, examples):
         return metrics
 
     if task.labels:
-        # A wrong output, also one that is no label, counts as the opposite of two classes. Of
-        # three and more, only right or wrong matters, and 1 - gold is never gold.
+        # A wrong output, also one that is no label, counts as the other one of two classes. With
+        # three and more, only accuracy is computed, and 1 - gold differs from any gold.
         words = task.label_words()
         gold = np.array([words.index(example.target) for example in examples])
         predicted = np.where(right, gold, 1 - gold)

@@ -431,6 +431,7 @@ class T5(nn.Module):
         cache = {}
         # All outputs have a column for each token. The start token is the only beam at first.
         ids = input_ids.new_full((len(input_ids), 1, 1 + max_new_tokens), PAD)  # [B, beams, 1+max]
+        # Numbers of the examples: ids[rows, chosen] takes beams of each example.
         rows = torch.arange(len(ids), device=ids.device)[:, None]  # [B, 1]
         score = torch.zeros_like(rows, dtype=torch.float32)  # [B, beams]
         finished = ids.repeat(1, num_beams, 1)
@@ -445,9 +446,10 @@ class T5(nn.Module):
             # Take twice as many candidates as beams, because half of them may end here.
             best, index = total.flatten(1).topk(2 * num_beams)  # [B, 2 * beams]
             parent = index // total.size(2)
+            token = index % total.size(2)
             candidate = ids[rows, parent]  # [B, 2 * beams, 1+max]
-            candidate[:, :, length] = index % total.size(2)
-            ended = (candidate[:, :, length] == EOS) | (length == max_new_tokens)
+            candidate[:, :, length] = token
+            ended = (token == EOS) | (length == max_new_tokens)
             # Of the best num_beams candidates, those that ended compete with the finished ones.
             end_score = (best / length).masked_fill(~ended | settled, MASKED)[:, :num_beams]
             finished_score, kept = torch.cat([finished_score, end_score], 1).topk(num_beams)

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 from clip_features import load_features
-from data import UserError, reading
+from data import UserError, read_json_file, reading
 from hyperpelt import METHODS, VISION, HyperPELT, HyperPELTConfig, count, seam_of
 from t5 import T5, Tokenizer
 
@@ -193,9 +193,7 @@ def read_settings(arguments):
 
 def read_record(folder):
     """config.json of a run's folder -> dict. Raises UserError."""
-    path = Path(folder) / "config.json"
-    with reading(path):
-        return json.loads(path.read_text())
+    return read_json_file(Path(folder) / "config.json")
 
 
 def make_config(args, visual_width):
@@ -888,8 +886,7 @@ def table(folders):
             records[-1]["hashes"].pop("examples", None)
             if found := differences(records[0], records[-1]):
                 raise UserError(f"{run}: is no other seed of the same run: {'; '.join(found)}")
-            with reading(run / "metrics.json"):
-                result = json.loads((run / "metrics.json").read_text())
+            result = read_json_file(run / "metrics.json")
             for name, by_split in result["metrics"].items():
                 split = "test" if "test" in by_split else "validation"
                 for metric, value in by_split[split].items():
