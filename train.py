@@ -1,8 +1,10 @@
 """Train, evaluate and use HyperPELT. `python train.py --help` lists the options.
 
-Read `train` first: it is the loop. `Batches` makes what it learns from, `evaluate` measures it.
+Read `train` first: it is the loop. `Batches` chooses what it learns from, `evaluate` measures it.
+A command goes through main, read_settings (the options), load_run (data and model), train and
+finish; ask, predict, export and table use runs that exist.
 
-A run's folder holds config.json (settings, architecture, hashes of what the run depends on),
+A run's folder holds config.json (settings, HyperPELTConfig, hashes of what the run depends on),
 log.jsonl (a line for every ten steps and every evaluation), last.pt (a run resumes from it),
 best.safetensors (what is trained, at the best evaluation), metrics.json (the result), curves.png
 and predictions.
@@ -14,7 +16,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -22,10 +23,10 @@ import io
 import json
 import math
 import os
+import random
 import sys
-import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -51,6 +50,7 @@ EVAL_BATCH_SIZE = 64
 # torchrun sets these two for each of its processes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -66,11 +66,71 @@ EXAMPLES = """examples:
   python train.py --table runs/rte-hyperpelt runs/rte-prefix
   torchrun --nproc_per_node=2 -- train.py --task glue         one process per GPU
 """
-# A run is the same run with other values of these options. The first say what to do, and are not
-# saved. The others say where things lie, and are saved as defaults.
-COMMANDS = ("run", "download", "resume", "eval_only", "predict", "ask", "export", "table",
-            "num_seeds")
+
+
+def fast_dtypes():
+    """bfloat16 first where the machine multiplies fast in it, else float32."""
+    if DEVICE == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return ("bfloat16", "float32") if fast else ("float32", "bfloat16")
+
+
+# Every option: default and help. The default tells the type: False is a switch, a list takes one
+# text or more, and a tuple holds the choices, the default first.
+OPTIONS = {
+    "model and data": {
+        "task": ("rte", "names with commas between, or glue, or vl"),
+        "model": (str(SAMPLE / "mini-t5"), "T5: folder or public name"),
+        "data_dir": (str(SAMPLE), "folder of the tasks' official files"),
+        "features": (str(SAMPLE / "vqa" / "features"), "folder of image features"),
+        "protocol": (("paper", "official"), "splits as in the paper, or the official files"),
+        "max_train_examples": (0, "per task; 0: all"),
+        "max_eval_examples": (0, "per task and split; 0: all"),
+        "max_source_length": (128, "in tokens"),
+    },
+    "method": {
+        "method": (tuple(METHODS), "hypernetworks, or a baseline"),
+        "vision": ((*VISION, "shuffled"), "what an image gives; the last: both, of another image"),
+        "set": ([], "fields of HyperPELTConfig, such as prefix_length=20 hyper_norm=true"),
+        "init_from": ("", "folder of a run: start from what it has trained"),
+        "init_task": ("", "task of that run whose embedding initialises the new tasks"),
+    },
+    # The paper's numbers are reconstructed: 2^18 steps of 128 at a constant 1e-3. These are ours,
+    # for one task on a small machine.
+    "training": {
+        "epochs": (6.0, "passes over the data of all tasks"),
+        "max_steps": (0, "if not 0, overrides --epochs"),
+        "batch_size": (32, "examples per step, of all processes"),
+        "accumulate": (1, "parts of a process's examples, computed one after the other"),
+        "recompute": (False, "activations in the backward pass, which needs less memory"),
+        "lr": (1e-3, "learning rate of AdamW"),
+        "norm_rate": (3.0, "the T5's layer norms learn so many times as fast"),
+        "schedule": (("linear", "constant"), "after the warm-up"),
+        "warmup_steps": (50, "steps in which the rate rises"),
+        "label_smoothing": (0.0, "probability that is spread over all tokens"),
+        "task_temperature": (2.0, "T: the task of a batch is drawn with p ~ examples^(1/T)"),
+        "eval_every": (0, "in steps; 0: every epoch"),
+        "dtype": (fast_dtypes(), "of frozen weights"),
+        "seed": (0, "of every random choice"),
+    },
+    # These say what to do with a run. They are not saved in it.
+    "runs": {
+        "run": ("", "the run's folder; empty: runs/TASK-METHOD"),
+        "download": (False, "fetch official files into --data-dir"),
+        "resume": (False, "go on with the run, if it exists"),
+        "eval_only": (False, "evaluate the run's best checkpoint"),
+        "predict": ("", "write the outputs on validation, test or submission"),
+        "ask": ([], "[TASK] the texts of one example [SET:IMAGE]"),
+        "export": ("", "folder: write the generated weights of each task into it"),
+        "table": ([], "print these runs as a Markdown table"),
+        "num_seeds": (0, "so many runs, in RUN/seed-0, RUN/seed-1, ..."),
+    },
+}
+# These say where things lie. With other values of them, a run is still the same run.
 PATHS = ("model", "data_dir", "features")
+ABOVE_ZERO = ("batch_size", "accumulate", "max_source_length", "epochs", "task_temperature")
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,93 +138,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python train.py --help")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def fast_dtypes():
-    """bfloat16 first where the machine multiplies fast in it, else float32."""
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported()
-    return ("bfloat16", "float32") if fast else ("float32", "bfloat16")
-
-
-def add_option(group, name, default, text):
-    """The default tells the type: False is a switch, the first of a tuple is one of its choices."""
-    if default is False:
-        group.add_argument(name, action="store_true", help=text)
-    elif isinstance(default, tuple):
-        text = f"{text}: {', '.join(default)}"
-        group.add_argument(name, choices=default, default=default[0], metavar="X", help=text)
-    else:
-        kind = natural if isinstance(default, int) else type(default)
-        group.add_argument(name, type=kind, default=default, metavar="X", help=text)
-
-
 def make_parser():
-    formatter = functools.partial(HelpFormatter, max_help_position=34)
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
     parser = Parser(usage="python train.py [options]", epilog=EXAMPLES, formatter_class=formatter)
-
-    add = functools.partial(add_option, parser.add_argument_group("model and data"))
-    add("--task", "rte", "names with commas between, or glue, or vl")
-    add("--model", str(SAMPLE / "mini-t5"), "T5: folder or public name")
-    add("--data-dir", str(SAMPLE), "folder of the tasks' official files")
-    add("--features", str(SAMPLE / "vqa" / "features"), "folder of image features")
-    add("--download", False, "fetch official files into --data-dir")
-    add("--protocol", ("paper", "official"), "splits as in the paper, or the official files")
-    add("--max-train-examples", 0, "per task; 0: all")
-    add("--max-eval-examples", 0, "per task and split; 0: all")
-    add("--max-source-length", 128, "in tokens")
-
-    group = parser.add_argument_group("method")
-    add = functools.partial(add_option, group)
-    add("--method", tuple(METHODS), "hypernetworks, or a baseline")
-    add("--vision", (*VISION, "shuffled"), "what an image gives; the last: both, of another image")
-    group.add_argument("--set", nargs="+", default=[], metavar="X=Y",
-                       help="fields of HyperPELTConfig, such as prefix_length=20 hyper_norm=true")
-    add("--init-from", "", "folder of a run: start from what it has trained")
-    add("--init-task", "", "task of that run whose embedding initialises the new tasks")
-
-    # The paper's numbers are reconstructed: 2^18 steps of 128 at a constant 1e-3. These are ours,
-    # for one task on a small machine.
-    add = functools.partial(add_option, parser.add_argument_group("training"))
-    add("--epochs", 6.0, "passes over the data of all tasks")
-    add("--max-steps", 0, "if not 0, overrides --epochs")
-    add("--batch-size", 32, "examples per step, of all processes")
-    add("--accumulate", 1, "parts of a process's examples, computed one after the other")
-    add("--recompute", False, "activations in the backward pass, which needs less memory")
-    add("--lr", 1e-3, "learning rate of AdamW")
-    add("--norm-rate", 3.0, "the T5's layer norms learn so many times as fast")
-    add("--schedule", ("linear", "constant"), "after the warm-up")
-    add("--warmup-steps", 50, "steps in which the rate rises")
-    add("--label-smoothing", 0.0, "probability that is spread over all tokens")
-    add("--task-temperature", 2.0, "T: the task of a batch is drawn with p ~ examples^(1/T)")
-    add("--eval-every", 0, "in steps; 0: every epoch")
-    add("--dtype", fast_dtypes(), "of frozen weights")
-    add("--seed", 0, "of every random choice")
-
-    group = parser.add_argument_group("runs")
-    add = functools.partial(add_option, group)
-    add("--run", "", "the run's folder; empty: runs/TASK-METHOD")
-    add("--resume", False, "go on with the run, if it exists")
-    add("--eval-only", False, "evaluate the run's best checkpoint")
-    group.add_argument("--predict", choices=["validation", "test", "submission"], metavar="SPLIT",
-                       help="write the outputs on validation, test or submission")
-    group.add_argument("--ask", nargs="+", metavar="TEXT",
-                       help="[TASK] the texts of one example [SET:IMAGE]")
-    add("--export", "", "folder: write the generated weights of each task into it")
-    group.add_argument("--table", nargs="+", metavar="RUN", help="print runs as a Markdown table")
-    add("--num-seeds", 0, "so many runs, in RUN/seed-0, RUN/seed-1, ...")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, (default, text) in options.items():
+            kind = {"type": type(default), "metavar": "X"}
+            if default is False:
+                kind = {"action": "store_true"}
+            elif isinstance(default, list):
+                kind = {"nargs": "+", "metavar": "X"}
+            elif isinstance(default, tuple):
+                kind = {"choices": default, "metavar": "X"}
+                text = f"{text}: {', '.join(default)}"
+                default = default[0]
+            group.add_argument(f"--{name.replace('_', '-')}", default=default,
+                               help=f"{text} (default: %(default)s)", **kind)
     return parser
-
-
-def natural(text):
-    """For argparse: a whole number that is not negative."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
 
 
 def read_settings(arguments):
@@ -175,53 +166,46 @@ def read_settings(arguments):
     parser = make_parser()
     args = parser.parse_args(arguments)
     folder = args.run or f"runs/{args.task.replace(',', '-')}-{args.method}"
-    exists = Path(folder, "config.json").exists()
+    path = Path(folder, "config.json")
     uses_run = args.eval_only or args.predict or args.ask or args.export
-    if (uses_run and not args.num_seeds) or (exists and args.resume):
+    if (uses_run and not args.num_seeds) or (path.exists() and args.resume):
         # Parse again: what the command line does not say is as the run had it.
-        parser.set_defaults(**read_record(folder)["settings"])
+        parser.set_defaults(**read_json_file(path)["settings"])
         args = parser.parse_args(arguments)
-    elif exists and not args.table:
+    elif path.exists() and not args.table:
         raise UserError(f"{folder}: holds a run already; --resume goes on, --run names another")
     args.run = folder
-    if min(args.batch_size, args.accumulate, args.max_source_length, args.epochs,
-           args.task_temperature) <= 0:
-        raise UserError("--batch-size, --accumulate, --max-source-length, --epochs,"
-                        " --task-temperature: expected numbers above 0")
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and (value < 0 or value == 0 and name in ABOVE_ZERO):
+            raise UserError(f"--{name.replace('_', '-')}: found {value}, expected a larger number")
     return args
 
 
-def read_record(folder):
-    """config.json of a run's folder -> dict. Raises UserError."""
-    return read_json_file(Path(folder) / "config.json")
-
-
-def make_config(args, visual_width):
-    """Settings, width of the image features (0: none) -> HyperPELTConfig. Raises UserError."""
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(HyperPELTConfig)}
+def make_config(args):
+    """Settings -> HyperPELTConfig, still without images. Raises UserError."""
+    defaults = vars(HyperPELTConfig())
     parsers = {bool: json.loads, tuple: lambda text: text.split(",")}
     values = {}
-    for assignment in args.set:
-        with reading(f"--set {assignment}") as where:
-            where.found = kinds
+    with reading(f"--set {' '.join(args.set)}") as where:
+        where.found = defaults
+        for assignment in args.set:
             name, _, text = assignment.partition("=")
-            kind = kinds[name]
+            kind = type(defaults[name])
             values[name] = parsers.get(kind, kind)(text)
-    vision = "both" if args.vision == "shuffled" else args.vision
-    with reading("--set"):
-        return HyperPELTConfig(method=args.method, vision=vision, visual_width=visual_width,
-                               **values)
+        vision = "both" if args.vision == "shuffled" else args.vision
+        return HyperPELTConfig(method=args.method, vision=vision, **values)
 
 
-def differences(saved, record):
-    """Two contents of config.json -> a phrase for every difference that makes another run."""
-    phrases = []
-    for part in ("settings", "config", "hashes"):
-        for name, value in record.get(part, {}).items():
-            before = saved[part].get(name)
+def check_same(saved, record, message):
+    """Two contents of config.json. Raises UserError for differences that make another run."""
+    found = []
+    for section in ("settings", "config", "hashes"):
+        for name, value in record.get(section, {}).items():
+            before = saved[section].get(name)
             if value != before and name not in PATHS:
-                phrases.append(f"{name} was {before}, is {value}")
-    return phrases
+                found.append(f"{name} was {before}, is {value}")
+    if found:
+        raise UserError(f"{message}: {'; '.join(found)}")
 
 
 # ---- what a run works on -------------------------------------------------------------------------
@@ -234,17 +218,17 @@ class Run:
     splits: dict            # {task name: {split: [data.Example]}}
     images: dict            # {(image set, id): (features of the set [images, N, V], row)}
     tokenizer: Tokenizer
-    encode: object          # text -> ids; remembers the last texts
+    encode: object          # text -> ids, kept for the last texts: every epoch needs them again
     model: HyperPELT
-    device: torch.device
-    record: dict            # the content of config.json
-    started: float = dataclasses.field(default_factory=time.perf_counter)
+    record: dict            # config.json: settings, config (HyperPELTConfig), hashes, ...
+    started: float          # in seconds, by time.perf_counter
 
 
 def load_run(args):
     """Settings -> Run, its model with initial weights. Raises UserError where the run exists and
-    its settings, architecture, data, features or backbone were others."""
-    saved = read_record(args.run) if Path(args.run, "config.json").exists() else None
+    its settings, HyperPELTConfig, data, features or backbone were others."""
+    path = Path(args.run, "config.json")
+    saved = read_json_file(path) if path.exists() else None
     tasks = data.find_tasks(args.task)
 
     # The first process downloads what is missing. The others find it there.
@@ -267,27 +251,29 @@ def load_run(args):
         image_encoder = saved["image_encoder"]
     else:
         splits = load_splits(args, tasks)
-        images, image_encoder, hashes["image features"] = open_features(args, splits)
-        hashes["examples"] = short_hash(repr(example).encode() for example in all_examples(splits))
+        examples = [example for by_split in splits.values() for split in by_split.values()
+                    for example in split]
+        images, image_encoder, hashes["image features"] = open_features(args, examples)
+        hashes["examples"] = short_hash(repr(example).encode() for example in examples)
 
     # The model. All processes start from the same weights.
     torch.manual_seed(args.seed)
-    config = make_config(args, image_encoder["width"] if image_encoder else 0)
+    config = make_config(args)
+    config.visual_width = image_encoder["width"] if image_encoder else 0
     with reading("--method"):
         model = HyperPELT(t5, list(tasks), config, getattr(torch, args.dtype))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    settings = {name: value for name, value in vars(args).items() if name not in COMMANDS}
-    record = {"settings": settings, "config": dataclasses.asdict(model.config), "hashes": hashes,
+    settings = {name: value for name, value in vars(args).items() if name not in OPTIONS["runs"]}
+    record = {"settings": settings, "config": vars(model.config), "hashes": hashes,
               "image_encoder": image_encoder, "trained_parameters": count(model.trained().values()),
               "torch": torch.__version__}
     # As the file gives it back: tuples become lists.
     record = json.loads(json.dumps(record))
-    if saved and (found := differences(saved, record)):
-        raise UserError(f"{args.run}/config.json: this is another run: {'; '.join(found)}")
+    if saved:
+        check_same(saved, record, f"{path}: this is another run")
     encode = functools.lru_cache(maxsize=2 ** 16)(tokenizer.encode)
-    return Run(args, Path(args.run), tasks, splits, images, tokenizer, encode, model.to(device),
-               device, record)
+    return Run(args, Path(args.run), tasks, splits, images, tokenizer, encode, model.to(DEVICE),
+               record, time.perf_counter())
 
 
 def load_splits(args, tasks):
@@ -302,30 +288,25 @@ def load_splits(args, tasks):
     return splits
 
 
-def all_examples(splits):
-    for by_split in splits.values():
-        for examples in by_split.values():
-            yield from examples
-
-
-def open_features(args, splits, image_encoder=None):
-    """-> {(image set, id): (features of the set [images, N, V], row)}, what made them, a hash.
+def open_features(args, examples, image_encoder=None):
+    """-> {(image set, id): (features of the set [images, N, V], row)}, the encoder that made them
+    (kind, weights, preprocessing, width), a hash.
 
     Raises UserError for a missing file or image, features of another encoder than the others or
     `image_encoder`, and an N that does not fit.
     """
-    wanted = {example.image for example in all_examples(splits) if example.image}
+    wanted = {example.image for example in examples if example.image}
     images, hashed = {}, []
-    prefix_length = make_config(args, visual_width=0).prefix_length
+    prefix_length = make_config(args).prefix_length
     for name in sorted({image_set for image_set, _ in wanted}):
         path = Path(args.features) / f"{name}.npy"
         with reading(path):
             features, row_of, about = load_features(path)
-            found = {key: about[key] for key in ("kind", "weights", "preprocessing")}
-        _, cells, found["width"] = features.shape
-        image_encoder = image_encoder or found
-        if found != image_encoder:
-            raise UserError(f"{path}: found features of {found}, expected {image_encoder}")
+            encoder = {key: about[key] for key in ("kind", "weights", "preprocessing")}
+        _, cells, encoder["width"] = features.shape
+        image_encoder = image_encoder or encoder
+        if encoder != image_encoder:
+            raise UserError(f"{path}: found features of {encoder}, expected {image_encoder}")
         if args.vision != "tokens" and cells != prefix_length:
             raise UserError(f"{path}: found {cells} grid cells, expected {prefix_length},"
                             " one for each position of the prefix (--set prefix_length=...)")
@@ -343,8 +324,9 @@ def open_features(args, splits, image_encoder=None):
 def shuffle_images(images, seed):
     """Give every image the features of another one. What is answered then needs no image."""
     names = list(images)
-    order = np.random.default_rng(seed).permutation(len(names))
-    return {names[i]: images[names[j]] for i, j in zip(order, np.roll(order, 1), strict=True)}
+    np.random.default_rng(seed).shuffle(names)
+    others = names[-1:] + names[:-1]
+    return {name: images[other] for name, other in zip(names, others, strict=True)}
 
 
 def short_hash(chunks):
@@ -366,11 +348,11 @@ def hash_backbone(t5):
 
 def pad(rows, value):
     """Lists of ids -> [B, longest], padded on the right."""
-    tensors = [torch.tensor(ids) for ids in rows]
-    padded = pad_sequence(tensors, batch_first=True, padding_value=value)
-    # A CPU keeps a compiled product for every shape: fewer lengths need less memory.
-    extra = -padded.size(1) % 8 if padded.size(1) > 64 else 0
-    return F.pad(padded, (0, extra), value=value)
+    length = max(map(len, rows))
+    if length > 64:
+        # A CPU keeps a compiled product for every shape: fewer lengths need less memory.
+        length += -length % 8
+    return torch.tensor([ids + [value] * (length - len(ids)) for ids in rows])
 
 
 def make_inputs(run, examples):
@@ -379,46 +361,33 @@ def make_inputs(run, examples):
            for example in examples]
     features = None
     if examples[0].image:
-        places = [run.images[example.image] for example in examples]
-        features = np.stack([image_set[row] for image_set, row in places])
-        features = torch.from_numpy(features).to(run.device)
-    return pad(ids, 0).to(run.device), features
+        found = [run.images[example.image] for example in examples]
+        features = np.stack([of_set[row] for of_set, row in found])
+        features = torch.from_numpy(features).to(DEVICE)
+    return pad(ids, 0).to(DEVICE), features
 
 
 def make_labels(run, texts):
     """Target texts -> ids [B, T], -100 where padded."""
-    return pad([run.encode(text) for text in texts], -100).to(run.device)
-
-
-@dataclass
-class Batch:
-    """Examples of one task for one forward pass: a whole batch, or a part of it."""
-    task: str
-    input_ids: torch.Tensor         # [B, S]
-    labels: torch.Tensor            # [B, T]
-    features: torch.Tensor          # [B, N, V], or None
-    share: float                    # its target tokens over those of the whole batch
+    return pad([run.encode(text) for text in texts], -100).to(DEVICE)
 
 
 class Batches:
     """The batch of every step, a function of seed and step alone. A batch holds one task, drawn
-    with p ~ (number of training examples)^(1/T) (paper: section 3.2; the rule is borrowed).
-
-    It comes in parts: each process takes --accumulate of them, one after the other.
-    """
+    with p ~ (number of training examples)^(1/T) (paper: section 3.2; the rule is borrowed)."""
 
     def __init__(self, run):
-        self.run, self.args = run, run.args
+        self.args = run.args
         self.names = list(run.tasks)
         self.examples = [run.splits[name]["train"] for name in self.names]
         counts = np.array([len(examples) for examples in self.examples])
         self.per_epoch = np.ceil(counts / self.args.batch_size).astype(int)
         self.steps = self.args.max_steps or max(1, round(self.args.epochs * self.per_epoch.sum()))
 
-        # The task of every step, and of one more, which is prepared but not taken.
         weights = counts ** (1 / self.args.task_temperature)
+        # Other numbers beside the seed keep draws apart: 0 is for tasks, 1 and up for epochs.
         rng = np.random.default_rng([self.args.seed, 0])
-        self.task_of_step = rng.choice(len(counts), self.steps + 1, p=weights / weights.sum())
+        self.task_of_step = rng.choice(len(counts), self.steps, p=weights / weights.sum())
         self.plan = functools.lru_cache(maxsize=len(counts))(self.plan_epoch)
 
     def plan_epoch(self, task, epoch):
@@ -431,30 +400,20 @@ class Batches:
         lengths = [len(example.source) for example in self.examples[task]]
         places = rng.permutation(len(lengths))
         size = self.args.batch_size
-        # The last key is the first to sort by.
+        # Sorted by pool, within it by length, then by place: lexsort takes the first key last.
         order = np.lexsort([places, lengths, places // (16 * size)])
         batches = np.split(order, range(size, len(order), size))
-        return [batches[i] for i in rng.permutation(len(batches))]
+        rng.shuffle(batches)
+        return batches
 
     def __call__(self, step):
+        """-> name of the task, examples, a target text for each."""
         task = self.task_of_step[step]
         earlier = np.sum(self.task_of_step[:step] == task)
         epoch, position = divmod(earlier, self.per_epoch[task])
         examples = [self.examples[task][i] for i in self.plan(task, epoch)[position]]
-        rng = np.random.default_rng([self.args.seed, 2 ** 20, step])
-        targets = [draw_target(example, rng) for example in examples]
-
-        lengths = [len(self.run.encode(target)) for target in targets]
-        count = WORLD_SIZE * self.args.accumulate
-        parts = []
-        for first in range(RANK, count, WORLD_SIZE):
-            mine = slice(first, None, count)
-            share = sum(lengths[mine]) / sum(lengths)
-            # A part without examples computes any with share 0, to join the sum of the gradients.
-            input_ids, features = make_inputs(self.run, examples[mine] or examples[:1])
-            labels = make_labels(self.run, targets[mine] or targets[:1])
-            parts.append(Batch(self.names[task], input_ids, labels, features, share))
-        return parts
+        rng = random.Random(f"{self.args.seed} {step}")
+        return self.names[task], examples, [draw_target(example, rng) for example in examples]
 
 
 def draw_target(example, rng):
@@ -462,7 +421,7 @@ def draw_target(example, rng):
     if not example.targets:
         return example.target
     texts, weights = zip(*example.targets, strict=True)
-    return str(rng.choice(texts, p=np.array(weights) / sum(weights)))
+    return rng.choices(texts, weights)[0]
 
 
 # ---- several processes, under torchrun -----------------------------------------------------------
@@ -473,11 +432,11 @@ def start_processes():
         # Were it imported later, its functions would keep the group of processes alive until the
         # end of the program, where a thread of the group can crash.
         import torch.distributed.nn
-        cuda = torch.cuda.is_available()
-        if cuda:
+        if DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait as long as the first one downloads.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+        backend = "nccl" if DEVICE == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
 
@@ -527,18 +486,18 @@ def generate_outputs(run, task, examples):
         for i, row in zip(chosen, ids.tolist(), strict=True):
             outputs[i] = run.tokenizer.decode(row)
 
-    for part in gather(outputs):
-        outputs |= part
+    for others in gather(outputs):
+        outputs |= others
     return [outputs[i] for i in range(len(examples))]
 
 
-def evaluate(run, names):
-    """Names of splits -> {task: {split: {metric: value}}}."""
+def evaluate(run, splits):
+    """Evaluate these splits of every task -> {task: {split: {metric: value}}}."""
     metrics = {}
     for name, task in run.tasks.items():
         metrics[name] = {}
         for split, examples in run.splits[name].items():
-            if split in names:
+            if split in splits:
                 outputs = generate_outputs(run, task, examples)
                 metrics[name][split] = data.score(task, outputs, examples)
     return metrics
@@ -567,7 +526,7 @@ def save_last(run, optimiser, progress):
 def load_last(run, optimiser):
     """-> progress as it was saved. Raises UserError for a damaged file."""
     with reading(run.folder / "last.pt"):
-        saved = torch.load(run.folder / "last.pt", map_location=run.device, weights_only=True)
+        saved = torch.load(run.folder / "last.pt", map_location=DEVICE, weights_only=True)
         load_trained(run.model, saved["trained"])
         optimiser.load_state_dict(saved["optimiser"])
     return saved["progress"]
@@ -581,23 +540,23 @@ def load_best(run):
 
 def load_trained(model, tensors):
     """Copy {name: tensor} into the trained parameters. Raises an error unless all of them fit."""
-    _, unexpected = model.load_state_dict(tensors, strict=False)
-    missing = [name for name in model.trained() if name not in tensors]
-    if missing or unexpected:
-        raise ValueError(f"tensors missing: {missing[:3]}, not expected: {unexpected[:3]}")
+    different = model.trained().keys() ^ tensors.keys()
+    if different:
+        raise ValueError(f"tensors missing or not expected: {sorted(different)[:3]}")
+    model.load_state_dict(tensors, strict=False)
 
 
 def start_from(run):
     """Initialise with what another run has trained (--init-from). A task that is new starts with
     the parameters of --init-task. Raises UserError for a run of another kind."""
     args, folder = run.args, Path(run.args.init_from)
-    saved = read_record(folder)
+    saved = read_json_file(folder / "config.json")
     backbone = {"backbone": run.record["hashes"]["backbone"]}
-    if found := differences(saved, {"config": run.record["config"], "hashes": backbone}):
-        raise UserError(f"{folder}/config.json: no run to start from: {'; '.join(found)}")
+    needed = {"config": run.record["config"], "hashes": backbone}
+    check_same(saved, needed, f"{folder}/config.json: no run to start from")
     old_tasks = data.find_tasks(saved["settings"]["task"])
-    sources = {task: task if task in old_tasks else args.init_task for task in run.tasks}
-    if set(sources.values()) - old_tasks.keys():
+    new_tasks = run.tasks.keys() - old_tasks.keys()
+    if new_tasks and args.init_task not in old_tasks:
         raise UserError(f"--init-task: found {args.init_task!r}, expected the task whose embedding"
                         f" starts the new ones, of {', '.join(old_tasks)}")
 
@@ -606,8 +565,8 @@ def start_from(run):
         renamed = {}
         for name in run.model.trained():
             # A task's parameters have its name in theirs: task.cb comes from task.mnli.
-            parts = [sources.get(part, part) for part in name.split(".")]
-            renamed[name] = tensors[".".join(parts)]
+            words = [args.init_task if word in new_tasks else word for word in name.split(".")]
+            renamed[name] = tensors[".".join(words)]
         load_trained(run.model, renamed)
 
 
@@ -635,24 +594,34 @@ def make_optimiser(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
 
 
-def add_gradients(model, parts, label_smoothing):
-    """Forward and backward pass of each part of a batch -> this process's share of the loss."""
+def add_gradients(run, task, examples, targets):
+    """Forward and backward pass of a batch -> this process's share of the loss.
+
+    The batch is cut into parts. Each process takes --accumulate of them, one after the other.
+    """
+    lengths = [len(run.encode(target)) for target in targets]
+    parts = WORLD_SIZE * run.args.accumulate
     total = 0.0
-    for part in parts:
-        _, loss = model(part.input_ids, None, part.labels, part.task, label_smoothing,
-                        part.features)
+    for first in range(RANK, parts, WORLD_SIZE):
+        mine = slice(first, None, parts)
+        # A part without examples computes any with share 0, to join the sum of the gradients.
+        input_ids, features = make_inputs(run, examples[mine] or examples[:1])
+        labels = make_labels(run, targets[mine] or targets[:1])
+        _, loss = run.model(input_ids, None, labels, task, run.args.label_smoothing, features)
         # The sum over all parts is the mean over the tokens of the whole batch.
-        loss = part.share * loss
+        share = sum(lengths[mine]) / sum(lengths)
+        loss = share * loss
         loss.backward()
         total += loss.detach()
     return total
+
 
 
 def train(run):
     """The loop: save and evaluate where it is due, then take a step, until the last one."""
     args, model = run.args, run.model
     batches = Batches(run)
-    eval_every = args.eval_every or int(batches.per_epoch.sum())
+    eval_every = args.eval_every or batches.per_epoch.sum()
     trained = list(model.trained().values())
     optimiser = make_optimiser(model, args)
     progress = {"step": 0, "best": -math.inf, "log": []}
@@ -661,21 +630,19 @@ def train(run):
         print(f"resumed at step {progress['step']} of {batches.steps}")
     elif args.init_from:
         start_from(run)
-    # No bar where the output is not a terminal.
-    bar = tqdm(initial=progress["step"], total=batches.steps, file=sys.stdout, disable=None)
-    norm = torch.zeros(())
-    # One thread makes the next batch while the device works on this one.
-    pool = ThreadPoolExecutor(1)
-    next_batch = pool.submit(batches, progress["step"])
+    gradient_norm = torch.zeros(())
 
-    while True:
-        step = progress["step"]
+    # No bar where the output is not a terminal.
+    steps = range(progress["step"], batches.steps + 1)
+    bar = tqdm(steps, initial=progress["step"], total=batches.steps, file=sys.stdout, disable=None)
+    for step in bar:
+        progress["step"] = step
         is_last = step == batches.steps
         is_due = step > 0 and (step % eval_every == 0 or is_last)
 
         # Save before the evaluation: a run that is killed in it evaluates again when it resumes.
         if is_due or step % SAVE_EVERY == 0:
-            check_finite(run, step, norm)
+            check_finite(run, step, gradient_norm)
             save_last(run, optimiser, progress)
         if is_due:
             score_checkpoint(run, progress)
@@ -683,31 +650,29 @@ def train(run):
             break
 
         # One step: forward, backward, clip, update.
-        parts = next_batch.result()
-        next_batch = pool.submit(batches, step + 1)
+        task, examples, targets = batches(step)
         model.train()
         # Dropout, too, is a function of seed and step (and process).
         torch.manual_seed((args.seed << 32) + step * WORLD_SIZE + RANK)
         lr = learning_rate(args, step, batches.steps)
         for group in optimiser.param_groups:
             group["lr"] = lr * group["rate"]
-        loss = add_gradients(model, parts, args.label_smoothing)
+        loss = add_gradients(run, task, examples, targets)
         sum_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
         optimiser.step()
         optimiser.zero_grad()
-        progress["step"] += 1
-        bar.update()
 
-        if progress["step"] % LOG_EVERY == 0:
+        if (step + 1) % LOG_EVERY == 0:
             # To read a number is to wait for the device.
-            check_finite(run, progress["step"], norm)
-            row = {"step": progress["step"], "task": parts[0].task,
-                   "loss": sum(gather(loss.item())), "lr": lr,
+            check_finite(run, step + 1, gradient_norm)
+            row = {"step": step + 1, "task": task, "loss": sum(gather(loss.item())), "lr": lr,
                    "seconds": time.perf_counter() - run.started}
             progress["log"].append(row)
             bar.set_postfix(loss=row["loss"], best=progress["best"])
-    bar.close()
+
+    if RANK == 0:
+        draw_curves(run.folder / "curves.png", progress["log"])
 
 
 def score_checkpoint(run, progress):
@@ -720,18 +685,18 @@ def score_checkpoint(run, progress):
         write_file(run.folder / "best.safetensors", content)
     row = {"step": progress["step"], "validation": metrics, "validation mean": mean}
     progress["log"].append(row)
-    lines = [json.dumps(row) + "\n" for row in progress["log"]]
-    write_file(run.folder / "log.jsonl", "".join(lines).encode())
+    lines = "\n".join(map(json.dumps, progress["log"]))
+    write_file(run.folder / "log.jsonl", f"{lines}\n".encode())
     shown = [f"{name} {metric} {metrics[name]['validation'][metric]:.4f}"
              for name, task in run.tasks.items() for metric in task.metrics]
-    tqdm.write(f"step {progress['step']}   validation   {'   '.join(shown)}", file=sys.stdout)
+    tqdm.write(f"step {progress['step']}   validation   {'   '.join(shown)}")
 
 
-def check_finite(run, step, norm):
+def check_finite(run, step, gradient_norm):
     """Raises UserError for a run that diverged."""
-    if not norm.isfinite():
-        raise UserError(f"{run.folder}: step {step}: the norm of the gradient is {norm}: the run"
-                        " diverged; start another one with a lower --lr")
+    if not gradient_norm.isfinite():
+        raise UserError(f"{run.folder}: step {step}: the norm of the gradient is {gradient_norm}:"
+                        " the run diverged; start another one with a lower --lr")
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -757,8 +722,6 @@ def finish(run):
         print(f"{'mean':9}{split:22}{value:8.4f}")
     for task in run.tasks.values():
         print_outputs(run, task)
-    if RANK == 0:
-        draw_curves(run)
 
 
 def print_outputs(run, task):
@@ -767,23 +730,22 @@ def print_outputs(run, task):
     examples = data.sample_examples(run.splits[task.name][split], 3, run.args.seed)
     print(f"\n{task.name}, three examples of {split}:")
     for example, output in zip(examples, generate_outputs(run, task, examples), strict=True):
-        print(f"  {textwrap.shorten(example.source, 200)} {':'.join(example.image or '')}")
+        print(f"  {example.source[:200]} {':'.join(example.image or '')}")
         print(f"    output {output!r}, label {example.target!r}")
 
 
-def draw_curves(run):
-    """RUN/curves.png: training loss and mean validation metric, where matplotlib is installed."""
+def draw_curves(path, log):
+    """A picture of training loss and mean validation metric, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     figure = Figure(figsize=(10, 4), layout="constrained")
-    rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     for axes, key in zip(figure.subplots(1, 2), ("loss", "validation mean"), strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in log if key in row]
         axes.plot(*zip(*points, strict=True), marker=".")
         axes.set(xlabel="step", ylabel=key)
-    figure.savefig(run.folder / "curves.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 # ---- using a trained run -------------------------------------------------------------------------
@@ -794,8 +756,8 @@ def predict(run):
     for name, task in run.tasks.items():
         if split == "submission":
             files = data.read_submission(task, run.args.data_dir)
-            found = open_features(run.args, {name: files}, run.record["image_encoder"])
-            run.images |= found[0]
+            examples = sum(files.values(), [])
+            run.images |= open_features(run.args, examples, run.record["image_encoder"])[0]
         elif split in run.splits[name]:
             files = {data.predictions_name(task, split): run.splits[name][split]}
         else:
@@ -819,7 +781,7 @@ def ask(run):
         raise UserError(f"--ask: {name} takes {'; '.join(task.fields)}"
                         f"{'; image, as SET:ID' * task.is_visual}; found {run.args.ask}")
     example = data.Example(data.source_parts(task, texts), "", None, "", image or None)
-    run.images = open_features(run.args, {name: {"ask": [example]}}, run.record["image_encoder"])[0]
+    run.images = open_features(run.args, [example], run.record["image_encoder"])[0]
 
     print(example.source)
     print(generate_outputs(run, task, [example])[0])
@@ -877,27 +839,26 @@ def table(folders):
     """
     rows = {}
     for folder in folders:
-        records = []
-        cells = rows.setdefault(folder, {})
-        for run in sorted(Path(folder).glob("seed-*")) or [Path(folder)]:
-            records.append(read_record(run))
-            del records[-1]["settings"]["seed"]
+        first = None
+        cells = rows[folder] = defaultdict(list)
+        for path in sorted(Path(folder).glob("seed-*")) or [Path(folder)]:
+            record = read_json_file(path / "config.json")
             # Another seed draws other examples for --max-train-examples.
-            records[-1]["hashes"].pop("examples", None)
-            if found := differences(records[0], records[-1]):
-                raise UserError(f"{run}: is no other seed of the same run: {'; '.join(found)}")
-            result = read_json_file(run / "metrics.json")
+            del record["settings"]["seed"], record["hashes"]["examples"]
+            first = first or record
+            check_same(first, record, f"{path}: is no other seed of the same run")
+            result = read_json_file(path / "metrics.json")
             for name, by_split in result["metrics"].items():
                 split = "test" if "test" in by_split else "validation"
                 for metric, value in by_split[split].items():
-                    cells.setdefault(f"{name} {metric}, {split}", []).append(value)
+                    cells[f"{name} {metric}, {split}"].append(value)
             for split, value in result["mean"].items():
-                cells.setdefault(f"mean, {split}", []).append(value)
+                cells[f"mean, {split}"].append(value)
 
     columns = dict.fromkeys(column for cells in rows.values() for column in cells)
     lines = [["run", *columns], ["---"] * (len(columns) + 1)]
     for folder, cells in rows.items():
-        shown = [mean_and_deviation(cells.get(column, [])) for column in columns]
+        shown = [mean_and_deviation(cells[column]) for column in columns]
         lines.append([folder, *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -923,7 +884,7 @@ def run_once(args):
     for name, by_split in run.splits.items():
         sizes = [f"{split} {len(examples):,}" for split, examples in by_split.items()]
         print(f"{name}: {', '.join(sizes)}")
-    print(f"{args.method}, {args.dtype}, {run.device.type}: {trained:,} trained parameters,"
+    print(f"{args.method}, {args.dtype}, {DEVICE}: {trained:,} trained parameters,"
           f" {trained / total:.1%} of the T5's")
 
     for option, use in ((args.ask, ask), (args.predict, predict), (args.export, export)):

@@ -86,9 +86,7 @@ def make_run(args, protocol="paper", split="train"):
     splits = data.make_splits(RTE, args.data_dir, protocol)
     settings = train.make_parser().parse_args(["--batch-size", "32"])
     encode = Tokenizer.from_pretrained(args.model).encode
-    run = SimpleNamespace(
-        args=settings, tasks={"rte": RTE}, splits={"rte": splits}, encode=encode, device=DEVICE
-    )
+    run = SimpleNamespace(args=settings, tasks={"rte": RTE}, splits={"rte": splits}, encode=encode)
     return run, splits[split]
 
 

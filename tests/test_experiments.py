@@ -54,7 +54,7 @@ def test_train_takes_the_settings_of_every_job(name):
     for job in jobs:
         settings = re.sub("--(zero|freeze|lora) [a-z0-9 ]+", "", job.settings)
         args = parser.parse_args(["--task", job.tasks, *shlex.split(settings)])
-        experiments.train.make_config(args, visual_width=0)
+        experiments.train.make_config(args)
         experiments.data.find_tasks(job.tasks)
     assert len({job.folder for job in jobs}) == len(jobs)
 

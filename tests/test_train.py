@@ -389,33 +389,19 @@ def test_mistakes_end_in_one_line(kind, more, words, text, image, folder, tmp_pa
 
 
 def batches_of(splits, steps=10, temperature=2.0, seed=0):
-    """{task: training examples} -> Batches. Tokens are letters, and every text ends with 1."""
-    run = SimpleNamespace(device="cpu", encode=lambda text: [*map(ord, text), 1])
-    run.args = SimpleNamespace(
-        batch_size=8,
-        max_steps=steps,
-        epochs=1,
-        seed=seed,
-        accumulate=1,
-        task_temperature=temperature,
-        max_source_length=999,
-    )
-    run.tasks = run.splits = {name: {"train": examples} for name, examples in splits.items()}
-    return train.Batches(run)
-
-
-def only_part(batches, step):
-    [batch] = batches(step)
-    return batch
+    """{task: training examples} -> Batches."""
+    settings = {"batch_size": 8, "max_steps": steps, "epochs": 1, "seed": seed}
+    args = SimpleNamespace(**settings, task_temperature=temperature)
+    examples = {name: {"train": examples} for name, examples in splits.items()}
+    return train.Batches(SimpleNamespace(args=args, tasks=examples, splits=examples))
 
 
 def examples_of(texts):
     return [data.Example((text,), "b", None, "") for text in texts]
 
 
-def rows_of(batch):
-    """-> the texts of a batch, without their padding."""
-    return ["".join(map(chr, ids[ids > 1])) for ids in batch.input_ids]
+def texts_of(batches, step):
+    return [example.source for example in batches(step)[1]]
 
 
 def test_tasks_are_drawn_by_the_documented_formula():
@@ -435,10 +421,7 @@ def test_tasks_are_drawn_by_the_documented_formula():
 def test_an_epoch_holds_each_example_once_and_batches_hold_similar_lengths():
     texts = ["a" * length for length in range(1, 204)]
     batches = batches_of({"rte": examples_of(texts)}, steps=52)
-    epochs = [
-        [rows_of(only_part(batches, step)) for step in range(start, start + 26)]
-        for start in (0, 26)
-    ]
+    epochs = [[texts_of(batches, step) for step in range(start, start + 26)] for start in (0, 26)]
     for epoch in epochs:
         assert sorted(sum(epoch, []), key=len) == texts
         assert sorted(map(len, epoch)) == [3] + [8] * 25
@@ -451,27 +434,30 @@ def test_an_epoch_holds_each_example_once_and_batches_hold_similar_lengths():
 def test_a_batch_is_a_function_of_seed_and_step_and_holds_one_task():
     splits = {letter: examples_of(letter * i for i in range(1, 40)) for letter in "ab"}
     first, again, other = (batches_of(splits, 30, seed=seed) for seed in (0, 0, 1))
-    backwards = [rows_of(only_part(again, step)) for step in reversed(range(30))]
-    assert [rows_of(only_part(first, step)) for step in range(30)] == backwards[::-1]
-    assert [rows_of(only_part(other, step)) for step in range(30)] != backwards[::-1]
-    for batch in (only_part(first, step) for step in range(30)):
-        assert set("".join(rows_of(batch))) == {batch.task}
+    backwards = [again(step) for step in reversed(range(30))]
+    assert [first(step) for step in range(30)] == backwards[::-1]
+    assert [other(step) for step in range(30)] != backwards[::-1]
+    for step in range(30):
+        assert set("".join(texts_of(first, step))) == {first(step)[0]}
 
 
 def test_targets_are_drawn_by_their_weights():
     example = data.Example(("x",), "a", None, "", None, (("a", 0.9), ("b", 0.3), ("c", 0.3)))
     batches = batches_of({"vqa": [example] * 8}, steps=500)
-    labels = torch.cat([only_part(batches, step).labels[:, 0] for step in range(500)])
-    shares = [(labels == ord(letter)).float().mean().item() for letter in "abc"]
+    targets = sum((batches(step)[2] for step in range(500)), [])
+    shares = [targets.count(letter) / len(targets) for letter in "abc"]
     assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.03)
 
 
 def test_padding():
-    """Inputs by 0, to a multiple of 8 if there are more than 64 columns; labels by -100."""
-    long = data.Example(("x" * 66,), "yz", None, "")
-    batch = only_part(batches_of({"rte": [long, *examples_of(["x"])]}), 0)
-    assert batch.input_ids.tolist() == [[120, 1] + [0] * 70, [120] * 66 + [1] + [0] * 5]
-    assert batch.labels.tolist() == [[98, 1, -100], [121, 122, 1]]
+    """Inputs by 0, to a multiple of 8 if there are more than 64 columns; labels by -100. Tokens are
+    letters, and every text ends with 1."""
+    run = SimpleNamespace(args=SimpleNamespace(max_source_length=999))
+    run.encode = lambda text: [*map(ord, text), 1]
+    input_ids, features = train.make_inputs(run, examples_of(["x", "x" * 66]))
+    assert input_ids.tolist() == [[120, 1] + [0] * 70, [120] * 66 + [1] + [0] * 5]
+    assert train.make_labels(run, ["b", "yz"]).tolist() == [[98, 1, -100], [121, 122, 1]]
+    assert features is None
 
 
 # ---- training ------------------------------------------------------------------------------------

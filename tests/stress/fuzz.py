@@ -129,7 +129,11 @@ def write_run(folder, model, data_dir):
         (spiece, lambda: Tokenizer(spiece).encode("A cat sees the dog."), PUBLIC),
         (features, partial(clip_features.load_features, features), PUBLIC),
         (features.with_suffix(".json"), partial(clip_features.load_features, features), PUBLIC),
-        (run.folder / "config.json", partial(train.read_record, run.folder), OURS),
+        (
+            run.folder / "config.json",
+            partial(data.read_json_file, run.folder / "config.json"),
+            OURS,
+        ),
         (run.folder / "last.pt", partial(train.load_last, run, optimiser), OURS),
         (run.folder / "best.safetensors", partial(train.load_best, run), OURS),
         (exported, partial(train.load_exported, exported, t5), OURS),
