@@ -616,7 +616,6 @@ def add_gradients(run, task, examples, targets):
     return total
 
 
-
 def train(run):
     """The loop: save and evaluate where it is due, then take a step, until the last one."""
     args, model = run.args, run.model
