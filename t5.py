@@ -431,8 +431,7 @@ class T5(nn.Module):
         cache = {}
         # All outputs have a column for each token. The start token is the only beam at first.
         ids = input_ids.new_full((len(input_ids), 1, 1 + max_new_tokens), PAD)  # [B, beams, 1+max]
-        # Numbers of the examples: ids[rows, chosen] takes beams of each example.
-        rows = torch.arange(len(ids), device=ids.device)[:, None]  # [B, 1]
+        rows = torch.arange(len(ids), device=ids.device)[:, None]  # [B, 1], to index examples
         score = torch.zeros_like(rows, dtype=torch.float32)  # [B, beams]
         finished = ids.repeat(1, num_beams, 1)
         finished_score = score.repeat(1, num_beams) + MASKED
@@ -455,7 +454,7 @@ class T5(nn.Module):
             finished_score, kept = torch.cat([finished_score, end_score], 1).topk(num_beams)
             finished = torch.cat([finished, candidate], 1)[rows, kept]  # [B, beams, 1+max]
 
-            # The others go on as the new beams.
+            # The others are the new beams.
             score, running = best.masked_fill(ended, MASKED).topk(num_beams)
             settled |= score[:, :1] / length <= finished_score[:, -1:]
             if settled.all():
