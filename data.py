@@ -140,7 +140,7 @@ def reading(place):
         problem = f"found no {error} among {', '.join(where.found) or 'its entries'}"
     except Exception as error:
         # Damaged bytes can lead a parser anywhere. Where this is a bug, its text is shown.
-        problem = str(error)
+        problem = str(error).split("\n")[0]
     raise UserError(f"{where.place}: {problem}")
 
 

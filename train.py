@@ -820,14 +820,14 @@ def load_exported(path, t5):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         if (file.metadata() or {}).get("backbone") != hash_backbone(t5):
             raise ValueError("was exported for another T5")
-    for name, parameter in t5.named_parameters():
-        if f"t5.{name}" in tensors:
-            parameter.copy_(tensors.pop(f"t5.{name}"))
-    sites = {}
-    for block, layer in {tuple(name.split(".")[:2]) for name in tensors}:
-        seam = seam_of(block)
-        weights = [tensors[f"{block}.{layer}.{part}"].to(t5.dtype) for part in seam.names]
-        sites[block, int(layer)] = seam([weights])
+        for name, parameter in t5.named_parameters():
+            if f"t5.{name}" in tensors:
+                parameter.copy_(tensors.pop(f"t5.{name}"))
+        sites = {}
+        for block, layer in {tuple(name.split(".")[:2]) for name in tensors}:
+            seam = seam_of(block)
+            weights = [tensors[f"{block}.{layer}.{part}"].to(t5.dtype) for part in seam.names]
+            sites[block, int(layer)] = seam([weights])
     return sites
 
 

@@ -383,17 +383,23 @@ def hyper_embedding_table():
 
 
 def two_tasks_table():
-    yield "method", "mean", "minus hyperpelt", "`rte`", "`rte` alone", "`sst2`", "`sst2` alone"
+    yield ("method", "mean", "minus hyperpelt", "minus alone", "`rte`", "`rte` alone", "`sst2`",
+           "`sst2` alone")
     found = {task: curves("hyper-embedding", task=task) | curves("two-tasks", task=task)
              for task in ("", "rte", "sst2")}
     variants = {row["method"] for row in read_results("hyper-embedding")} - {"hyperpelt"}
     together = {method: by_seed for (tasks, method), by_seed in found[""].items()
                 if tasks == "rte,sst2" and method not in variants}
     for method, by_seed in together.items():
+        minus_alone = ""
+        if ("rte", method) in found["rte"]:
+            values = last_values(found["rte"]["rte", method])
+            values = (values + last_values(found["sst2"]["sst2", method])) / 2
+            minus_alone = difference(by_seed, {seed: {"": values[seed]} for seed in by_seed})
         runs = [found[task].get((tasks, method), {})
                 for task in ("rte", "sst2") for tasks in ("rte,sst2", task)]
         yield (f"`{method}`", spread(last_values(by_seed)),
-               difference(by_seed, together["hyperpelt"]),
+               difference(by_seed, together["hyperpelt"]), minus_alone,
                *(spread(last_values(run)) for run in runs))
 
 
