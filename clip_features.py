@@ -240,7 +240,6 @@ class ModifiedResNet(ThreeConvolutions):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-
 def load_encoder(name_or_folder):
     """Return the encoder of a public CLIP and the path of its weights.
 

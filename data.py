@@ -119,7 +119,6 @@ class UserError(Exception):
     """A mistake that the user can mend: one line with the place, what was found and expected."""
 
 
-
 @contextlib.contextmanager
 def reading(place):
     """Turn an exception about a file's content into a UserError, whose message names the place.

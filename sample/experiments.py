@@ -395,7 +395,8 @@ def two_tasks_table():
         if ("rte", method) in found["rte"]:
             values = last_values(found["rte"]["rte", method])
             values = (values + last_values(found["sst2"]["sst2", method])) / 2
-            minus_alone = difference(by_seed, {seed: {"": values[seed]} for seed in by_seed})
+            alone = {seed: {"": value} for seed, value in zip(by_seed, values, strict=True)}
+            minus_alone = difference(by_seed, alone)
         runs = [found[task].get((tasks, method), {})
                 for task in ("rte", "sst2") for tasks in ("rte,sst2", task)]
         yield (f"`{method}`", spread(last_values(by_seed)),

@@ -86,6 +86,7 @@ def test_lora_is_trained_beside_the_norms(tmp_path):
     config = T5Config.from_file(SAMPLE / "mini-t5" / "config.json")
     attentions = list_sites(config, ATTENTION_BLOCKS)
     # q and v of every attention, each with two matrices.
+    assert len(norms) > 10
     assert len(lora) == 2 * len(attentions) and len(trained) == 4 * len(attentions) + len(norms)
     assert all(trained[name].any() and trained[name].dtype == torch.float32 for name in lora)
 

@@ -1,7 +1,7 @@
 """Left of, right of, above, below: a probe of the small CLIP, and more questions to train on.
 
     python sample/make/places.py               # the probe; needs scikit-learn
-    python sample/make/places.py --out DIR     # vqa/ with these questions only, on other scenes
+    python sample/make/places.py --out DIR     # vqa/ with more of these questions, on other scenes
 
 The probe is a linear classifier that sees one of the 49 features and tells the colour of the thing
 in its cell, if there is one. The two things of a scene have different colours. So the answer
@@ -23,7 +23,7 @@ CENTRES = (np.arange(GRID) + 0.5) * CELL
 
 
 def color_of_cells(things):
-    """The colour of the thing that covers the centre of each cell, or "none": array [49]."""
+    """The colour of the thing whose centre is in or beside each cell, or "none": array [49]."""
     labels = np.full((GRID, GRID), "none", dtype=object)
     for thing in things:
         rows = abs(CENTRES - thing.y) < CELL / 2 + 1
