@@ -45,9 +45,9 @@ from t5 import find_checkpoint, load_weights, read_weights
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin", *OPEN_CLIP_WEIGHTS)
 
-# Beginnings of the names of tensors that the features do not need. The first line is every name
-# that does not begin with one of the encoders' two prefixes. The others name parts of an encoder
-# that come after the features, or hold no weights.
+# Beginnings of the names of tensors that the features do not need. The first line matches every
+# name outside the two encoders. The others name parts of an encoder that come after the features,
+# or hold no weights.
 UNUSED = re.compile(
     r"(?!vision_model\.|visual\.)"
     r"|vision_model\.(post_layernorm\.|embeddings\.position_ids)"
@@ -416,12 +416,15 @@ def open_part(path, about):
 
     Raises UserError for a finished file, and for a partial one of another command.
     """
+    if path.suffix != ".npy":
+        raise UserError(f"--out: found {path}, expected the name of an .npy file")
     if path.exists():
         raise UserError(f"{path}: exists already; remove it and its .json to compute it again")
     path.parent.mkdir(parents=True, exist_ok=True)
     about_path = path.with_suffix(".json")
-    saved = read_json_file(about_path) if about_path.exists() else about
-    at_start = saved | {"done": 0, "skipped": []}
+    with reading(about_path):
+        saved = read_json_file(about_path) if about_path.exists() else about
+        at_start = saved | {"done": 0, "skipped": []}
     if at_start != about:
         raise UserError(f"{about_path}: has other settings, weights or images; remove it")
     shape = (len(about["ids"]), math.prod(about["grid"]), about["width"])

@@ -152,8 +152,8 @@ def read_json_file(path):
 # ---- file formats --------------------------------------------------------------------------------
 # A format is a generator (path, where) of rows, each a dict {column: cell}. Before it parses a row,
 # it sets where.place, such as "train.tsv: line 7", which an error message then names. A row may
-# have four entries that are no column of the file: "index", "image" and "kind", which make_example
-# takes, and "split", which read_files takes.
+# have four entries that are no column of the file, which read_files takes: "index", "image", "kind"
+# and "split".
 
 
 def read_lines(path, where, encoding="utf-8"):
@@ -218,7 +218,7 @@ def read_snlive(path, where):
 # One value in an official file has at most so many characters.
 LONGEST_VALUE = 262_144
 # What stands before an entry: brackets, commas, white space, and the key (group 1) that begins a
-# list. Of an empty list and the one after it, group 1 is the second's key.
+# list. After an empty list the match goes on to the next key, so group 1 is the entry's own.
 BEFORE_ENTRY = re.compile(r'(?:[\s,\[\]]*"([^"]*)"\s*:)*[\s,\[\]]*')
 
 
@@ -325,9 +325,7 @@ def read_task(task, folder, protocol):
     if karpathy and task.name == "caption":
         return read_files(task, {"train": karpathy}, read_karpathy)
     if task.name == "mrpc" and not (folder / "train.tsv").exists():
-        # Each row names its split. The key here is the split in which read_files expects examples:
-        # validation would be empty if GLUE's list of ids were another file's.
-        return read_files(task, {"validation": folder / MRPC_SOURCE}, split_mrpc)
+        return read_files(task, {"train": folder / MRPC_SOURCE}, split_mrpc)
 
     paths = {split: folder / name for split, name in task.files.items()}
     if "test" in paths and not paths["test"].exists():
@@ -349,34 +347,23 @@ def split_by_image(splits, path):
 
 
 def read_files(task, paths, read_rows, labelled=True):
-    """Read {split: path}. A row that names a split goes there. Return {split: [Example]}.
-
-    Raises UserError, also where a split that is a key of `paths` gets fewer than 2 examples.
-    """
-    splits = {}
+    """Read {split: path}. A row that names a split goes there. Return {split: [Example]}."""
+    splits = {name: [] for name in paths}
     for name, path in paths.items():
         with reading(path) as where:
             for number, row in enumerate(read_rows(path, where)):
-                example = make_example(task, row, number, labelled)
+                parts = source_parts(task, [row[column] for column in task.fields.values()])
+                label = read_label(task, row[task.column]) if labelled else (None, "", ())
+                gold, target, targets = label
+                index = str(row.get("index", number))
+                image, kind = row.get("image"), row.get("kind", "")
+                example = Example(parts, target, gold, index, image, targets, kind)
                 splits.setdefault(row.get("split", name), []).append(example)
-            if len(splits.get(name, [])) < 2:
-                raise ValueError(f"found fewer than 2 examples for {name}")
     return splits
 
 
-def make_example(task, row, number, labelled):
-    """Turn a row into an example. Its entries "index", "image" and "kind" are copied.
-
-    Raises ValueError for a wrong label or score.
-    """
-    parts = source_parts(task, [row[column] for column in task.fields.values()])
-    index = str(row.get("index", number))
-    gold, target, targets = read_label(task, row[task.column]) if labelled else (None, "", ())
-    return Example(parts, target, gold, index, row.get("image"), targets, row.get("kind", ""))
-
-
 def read_label(task, label):
-    """Return gold, target and targets of an example."""
+    """Return gold, target and targets of an example. Raises ValueError for a wrong label."""
     if task.labels:
         label = str(label).strip()
         if label not in task.labels:
@@ -579,23 +566,24 @@ def make_splits(task, data_dir, protocol="paper"):
     halved into validation and test. Of a larger one, 1,000 training examples become validation
     and leave training, and the validation file becomes test [P].
     Protocol "official": the labelled files as they are. Image tasks, and tasks with a labelled test
-    file, are never split further [C].
+    file, are never split further [C]. Raises UserError for a split without examples.
     """
     folder = find_folder(task, data_dir)
     splits = read_task(task, folder, protocol)
-    if protocol == "official" or task.is_visual or "test" in splits:
-        return splits
+    if protocol == "paper" and not task.is_visual and "test" not in splits:
+        train, validation = splits["train"], splits["validation"]
+        if len(train) < 10_000:
+            shuffled = permutation(validation)
+            half = len(shuffled) // 2
+            splits = {"train": train, "validation": shuffled[:half], "test": shuffled[half:]}
+        else:
+            shuffled = permutation(train)
+            splits = {"train": shuffled[1000:], "validation": shuffled[:1000], "test": validation}
 
-    if len(splits["train"]) < 10_000:
-        shuffled = permutation(splits["validation"])
-        half = len(shuffled) // 2
-        return splits | {"validation": shuffled[:half], "test": shuffled[half:]}
-    shuffled = permutation(splits["train"])
-    return splits | {
-        "train": shuffled[1000:],
-        "validation": shuffled[:1000],
-        "test": splits["validation"]
-    }
+    for name in ("train", "validation", *splits):
+        if not splits.get(name):
+            raise UserError(f"{folder}: found no examples for {name}")
+    return splits
 
 
 def read_submission(task, data_dir):
@@ -806,7 +794,7 @@ def cider(hypotheses, references):
                 penalty = math.exp(-((len(words) - len(caption)) ** 2) / 72)
                 # The factor is 10 over the four values of n.
                 total += 2.5 * penalty * cosine / len(captions)
-    return total / images
+    return float(total / images)
 
 
 def bleu4(hypotheses, references):
@@ -863,7 +851,8 @@ def score(task, outputs, examples):
 
     if task.labels:
         # A wrong output, also one that is no label, counts as the other one of two classes. With
-        # three and more, only accuracy is computed, and 1 - gold differs from any gold.
+        # three and more, only accuracy is computed: 1 - gold need not be a class, only another
+        # number than gold.
         words = task.label_words()
         gold = np.array([words.index(example.target) for example in examples])
         predicted = np.where(right, gold, 1 - gold)

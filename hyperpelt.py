@@ -55,7 +55,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from t5 import (DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, RMSNorm,
+from t5 import (DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5,
                 T5Config)
 
 ATTENTION_BLOCKS = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)
@@ -157,8 +157,8 @@ class Hypernetworks(nn.Module):
         if attentions:
             # In the vector form, a single I writes all N rows of a prefix at once.
             rows = 1 if config.per_position else N
-            self.to_key = nn.Linear(E, rows * t5_config.num_heads * t5_config.d_kv)
-            self.to_value = nn.Linear(E, rows * t5_config.num_heads * t5_config.d_kv)
+            width = rows * t5_config.num_heads * t5_config.d_kv
+            self.to_key, self.to_value = nn.Linear(E, width), nn.Linear(E, width)
         if ffns:
             self.to_down, self.to_down_bias = nn.Linear(E, r * D), nn.Linear(E, r)
             self.to_up, self.to_up_bias = nn.Linear(E, D * r), nn.Linear(E, D)
@@ -166,8 +166,8 @@ class Hypernetworks(nn.Module):
 
     def hyper_embedding(self, z, layer, block):
         """z [B, N, Z] with l [L, N, Z] and b [5, N, Z] -> I of every site [sites, B, N, E]."""
-        # The gradient of layer[ids] is summed in the order in which threads finish, that of
-        # index_select in a fixed order. So a run can be repeated exactly.
+        # On a CPU, the gradient of layer[ids] is summed in the order in which threads finish, that
+        # of index_select in a fixed order. So a run can be repeated exactly.
         from_layer = self.from_layer(layer).index_select(0, self.layer_ids)     # [sites, N, Q]
         from_block = self.from_block(block).index_select(0, self.block_ids)     # [sites, N, Q]
         of_site = (from_layer + from_block)[:, None]                            # [sites, 1, N, Q]
@@ -244,7 +244,8 @@ class Adapter:
         terms = []
         for down, down_bias, up, up_bias, scale in self.parts:
             # The tokens are grouped by the adapter they share: a task's serves the whole batch, an
-            # image's the beams of one example. To scale W_up and b_up spares a pass over them.
+            # image's the beams of one example. Lambda scales W_up and b_up, not the output, which
+            # has more numbers.
             x = u.reshape(len(down), -1, u.size(2))                 # [1 or B, tokens, D]
             hidden = F.relu(torch.baddbmm(down_bias, x, down))      # eq. (5): u W_down + b_down
             x = torch.baddbmm(scale * up_bias, hidden, scale * up)  # eq. (5), (6): lambda A(u)
@@ -279,8 +280,7 @@ class HyperPELT(nn.Module):
         has_prefix, has_adapter, source = METHODS[config.method]
         attentions = list_sites(t5.config, config.prefix_blocks if has_prefix else ())
         ffns = list_sites(t5.config, FFN_BLOCKS if has_adapter else ())
-        self.hypernetworks = self.visual_hypernetworks = None
-        self.learned = self.image_tokens = None
+        self.hypernetworks = self.learned = self.image_tokens = None
         if source == "hypernetworks":
             layers = t5.config.num_layers + t5.config.num_decoder_layers
             rows = config.prefix_length if config.per_position else 1
@@ -313,11 +313,8 @@ class HyperPELT(nn.Module):
 
     def freeze(self, dtype):
         """Freeze all but the layer norms (full: nothing). Frozen weights are held in `dtype`."""
-        self.t5.requires_grad_(self.config.method == "full")
-        for module in self.t5.modules():
-            if isinstance(module, RMSNorm):
-                module.requires_grad_(True)
-        for parameter in self.t5.parameters():
+        for name, parameter in self.t5.named_parameters():
+            parameter.requires_grad = "norm" in name or self.config.method == "full"
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         self.t5.dtype = dtype
@@ -370,7 +367,7 @@ class HyperPELT(nn.Module):
     def inject(self, weights, features=None):
         """The weights of a task and, for images, grid features [B, N, V] -> what T5.forward and
         T5.generate take: `sites` and, with image tokens only, `front`. Raises ValueError where the
-        number of positions is not prefix_length, also if all of them share one embedding."""
+        number of positions is not prefix_length, which per_position=False needs too."""
         parts = {site: [tensors] for site, tensors in weights.items()}
         injected = {}
         if features is not None:
@@ -481,12 +478,11 @@ def count(tensors):
 def deployed(model):
     """Numbers left for all tasks once the weights are generated: prefixes, adapters (with a lambda
     each) and what is trained in the T5."""
-    of_t5 = [p for p in model.t5.parameters() if p.requires_grad]
-    generated = []
+    tensors = [p for p in model.t5.parameters() if p.requires_grad]
     for owner in model.learned.owners if model.learned else model.tasks:
-        for tensors in model.generate_weights(owner).values():
-            generated += tensors
-    return count(of_t5 + generated)
+        for generated in model.generate_weights(owner).values():
+            tensors += generated
+    return count(tensors)
 
 
 def main():

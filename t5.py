@@ -82,7 +82,13 @@ class T5Config:
     def from_file(cls, path):
         """Read a public config.json. What it lacks is as in T5-base. Raises ValueError."""
         found = read_json(path)
+        if "d_model" not in found:
+            raise ValueError(f"{path}: not the config.json of a T5, found no d_model")
         config = cls(**{key: found[key] for key in found.keys() & cls.__annotations__})
+        for name, kind in cls.__annotations__.items():
+            value = getattr(config, name)
+            if not isinstance(value, (kind, int)) or kind is int and value < 1:
+                raise ValueError(f"{path}: {name}: found {value!r}, expected {kind.__name__}")
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
             raise ValueError(f"{path}: feed_forward_proj: found {config.feed_forward_proj!r},"
                              " expected relu or gated-gelu")
@@ -224,7 +230,7 @@ class Attention(nn.Module):
             scores = q @ k.transpose(2, 3) + mask  # [B, H, T, N+S]
             y = self.dropout(scores.softmax(-1)) @ v
         else:
-            rate = self.dropout.p if self.training else 0.0
+            rate = self.dropout.p * self.training
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate, scale=1.0)
         return self.o(y.transpose(1, 2).flatten(2))
 
@@ -286,8 +292,9 @@ class Block(nn.Module):
 def relative_bucket(distance, is_decoder, config):
     """Key position minus query position -> number of the bucket, both [T, S].
 
-    The encoder keeps the upper half of all buckets for keys after the query, which the decoder
-    masks. Half of the remaining buckets hold one distance each, the others grow logarithmically.
+    The encoder uses the upper half of the buckets for keys after the query. The decoder masks such
+    keys and uses all buckets for earlier ones. On each side, half of the buckets hold one distance
+    each, the others grow logarithmically.
     """
     buckets = config.relative_attention_num_buckets
     first = 0
@@ -462,11 +469,7 @@ class T5(nn.Module):
             ids = candidate[rows, running]
             order = (rows * total.size(1) + parent)[rows, running].flatten()  # [B * beams]
             attention_mask = attention_mask[order]
-            # Each beam goes on with the keys and values of its parent. Those of the memory are the
-            # same for all beams of an example: they are only repeated, after the first step.
-            for site, pair in cache.items():
-                if length == 1 or site[0] == DECODER_SELF:
-                    cache[site] = tuple(tensor[order] for tensor in pair)
+            follow_parents(cache, order, length)
         return finished[:, 0, 1:length + 1]
 
     @classmethod
@@ -486,6 +489,15 @@ class T5(nn.Module):
 
         load_weights(model, tensors, path, public_name, is_ignored)
         return model.eval()
+
+
+def follow_parents(cache, order, length):
+    """Give each beam the keys and values of its parent. order: rows of the parents [B * beams]."""
+    for site, pair in cache.items():
+        # Those of the memory are the same for all beams of an example: they are only repeated,
+        # after the first step.
+        if length == 1 or site[0] == DECODER_SELF:
+            cache[site] = tuple(tensor[order] for tensor in pair)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -580,7 +592,7 @@ def load_weights(model, tensors, path, rename, ignored):
             raise ValueError(f"{path}: tensor {name} holds numbers that are not finite")
         # A copy, because the tensors of a file may be mapped from it.
         state[ours] = tensor.to(torch.float32, copy=True)
-    for name in tensors.keys() - map(rename, state):
+    for name in sorted(tensors.keys() - map(rename, state)):
         if not ignored(name):
             raise ValueError(f"{path}: tensor {name} is unknown")
     model.load_state_dict(state, assign=True)

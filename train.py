@@ -170,21 +170,23 @@ def read_settings(arguments):
     uses_run = args.eval_only or args.predict or args.ask or args.export
     if (uses_run and not args.num_seeds) or (path.exists() and args.resume):
         # Parse again: what the command line does not say is as the run had it.
-        parser.set_defaults(**read_json_file(path)["settings"])
+        parser.set_defaults(**read_record(folder)["settings"])
         args = parser.parse_args(arguments)
     elif path.exists() and not args.table:
         raise UserError(f"{folder}: holds a run already; --resume goes on, --run names another")
     args.run = folder
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and (value < 0 or value == 0 and name in ABOVE_ZERO):
-            raise UserError(f"--{name.replace('_', '-')}: found {value}, expected a larger number")
+        if isinstance(value, (int, float)):
+            if not 0 <= value < 2 ** 31 or value == 0 and name in ABOVE_ZERO:
+                raise UserError(f"--{name.replace('_', '-')}: found {value},"
+                                " expected a positive number below 2^31")
     return args
 
 
 def make_config(args):
     """Settings -> HyperPELTConfig, still without images. Raises UserError."""
     defaults = vars(HyperPELTConfig())
-    parsers = {bool: json.loads, tuple: lambda text: text.split(",")}
+    parsers = {bool: lambda text: json.loads(text.lower()), tuple: lambda text: text.split(",")}
     values = {}
     with reading(f"--set {' '.join(args.set)}") as where:
         where.found = defaults
@@ -196,8 +198,18 @@ def make_config(args):
         return HyperPELTConfig(method=args.method, vision=vision, **values)
 
 
+def read_record(folder):
+    """-> config.json of a run. Raises UserError for a folder that holds none."""
+    path = Path(folder, "config.json")
+    record = read_json_file(path)
+    if "hashes" not in record:
+        raise UserError(f"{path}: not the config.json of a run")
+    return record
+
+
 def check_same(saved, record, message):
-    """Two contents of config.json. Raises UserError for differences that make another run."""
+    """Raises UserError where two contents of config.json differ, so that they are of two runs.
+    Paths may differ. Only what `record` has is compared: --ask, for one, reads no examples."""
     found = []
     for section in ("settings", "config", "hashes"):
         for name, value in record.get(section, {}).items():
@@ -228,26 +240,15 @@ def load_run(args):
     """Settings -> Run, its model with initial weights. Raises UserError where the run exists and
     its settings, HyperPELTConfig, data, features or backbone were others."""
     path = Path(args.run, "config.json")
-    saved = read_json_file(path) if path.exists() else None
+    saved = read_record(args.run) if path.exists() else None
     tasks = data.find_tasks(args.task)
-
-    # The first process downloads what is missing. The others find it there.
-    if RANK > 0:
-        wait_for_all()
-    for task in tasks.values() if args.download else ():
-        data.download(task, args.data_dir)
-    with reading(args.model):
-        tokenizer = Tokenizer.from_pretrained(args.model)
-        t5 = T5.from_pretrained(args.model)
-        t5.encoder.recompute = t5.decoder.recompute = args.recompute
-    if RANK == 0:
-        wait_for_all()
+    tokenizer, t5 = load_backbone(args, tasks)
 
     # Examples and the features of their images. To ask or export, the model is enough.
     hashes = {"backbone": hash_backbone(t5),
               "tokenizer": short_hash([tokenizer.pieces.serialized_model_proto()])}
     splits, images = {}, {}
-    if args.ask or args.export:
+    if (args.ask or args.export) and not args.predict:
         image_encoder = saved["image_encoder"]
     else:
         splits = load_splits(args, tasks)
@@ -260,8 +261,10 @@ def load_run(args):
     torch.manual_seed(args.seed)
     config = make_config(args)
     config.visual_width = image_encoder["width"] if image_encoder else 0
-    with reading("--method"):
+    try:
         model = HyperPELT(t5, list(tasks), config, getattr(torch, args.dtype))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--method, --set: {error}") from None
 
     settings = {name: value for name, value in vars(args).items() if name not in OPTIONS["runs"]}
     record = {"settings": settings, "config": vars(model.config), "hashes": hashes,
@@ -274,6 +277,24 @@ def load_run(args):
     encode = functools.lru_cache(maxsize=2 ** 16)(tokenizer.encode)
     return Run(args, Path(args.run), tasks, splits, images, tokenizer, encode, model.to(DEVICE),
                record, time.perf_counter())
+
+
+def load_backbone(args, tasks):
+    """-> tokenizer, T5. The first process downloads what is missing, the others wait for it."""
+    if RANK > 0:
+        wait_for_all()
+    for task in tasks.values() if args.download else ():
+        data.download(task, args.data_dir)
+    try:
+        tokenizer = Tokenizer.from_pretrained(args.model)
+        t5 = T5.from_pretrained(args.model)
+    except ValueError as error:
+        # It names the file.
+        raise UserError(error) from None
+    t5.encoder.recompute = t5.decoder.recompute = args.recompute
+    if RANK == 0:
+        wait_for_all()
+    return tokenizer, t5
 
 
 def load_splits(args, tasks):
@@ -520,7 +541,7 @@ def save_last(run, optimiser, progress):
     buffer = io.BytesIO()
     torch.save({"trained": trained_tensors(run.model), "optimiser": optimiser.state_dict(),
                 "progress": progress}, buffer)
-    write_file(run.folder / "last.pt", buffer.getvalue())
+    write_file(run.folder / "last.pt", buffer.getbuffer())
 
 
 def load_last(run, optimiser):
@@ -550,7 +571,7 @@ def start_from(run):
     """Initialise with what another run has trained (--init-from). A task that is new starts with
     the parameters of --init-task. Raises UserError for a run of another kind."""
     args, folder = run.args, Path(run.args.init_from)
-    saved = read_json_file(folder / "config.json")
+    saved = read_record(folder)
     backbone = {"backbone": run.record["hashes"]["backbone"]}
     needed = {"config": run.record["config"], "hashes": backbone}
     check_same(saved, needed, f"{folder}/config.json: no run to start from")
@@ -578,7 +599,7 @@ def learning_rate(args, step, steps):
         return args.lr * (step + 1) / args.warmup_steps
     if args.schedule == "constant":
         return args.lr
-    return args.lr * (steps - step) / max(1, steps - args.warmup_steps)
+    return args.lr * (steps - step) / (steps - args.warmup_steps)
 
 
 def make_optimiser(model, args):
@@ -604,7 +625,8 @@ def add_gradients(run, task, examples, targets):
     total = 0.0
     for first in range(RANK, parts, WORLD_SIZE):
         mine = slice(first, None, parts)
-        # A part without examples computes any with share 0, to join the sum of the gradients.
+        # Where there are fewer examples than parts, some part has none. It computes one with share
+        # 0, because every process must take part in the sum of the gradients.
         input_ids, features = make_inputs(run, examples[mine] or examples[:1])
         labels = make_labels(run, targets[mine] or targets[:1])
         _, loss = run.model(input_ids, None, labels, task, run.args.label_smoothing, features)
@@ -617,14 +639,15 @@ def add_gradients(run, task, examples, targets):
 
 
 def train(run):
-    """The loop: save and evaluate where it is due, then take a step, until the last one."""
+    """Each pass of the loop begins after `step` updates. It saves and evaluates if that is due,
+    then makes one more update. The last pass only saves and evaluates."""
     args, model = run.args, run.model
     batches = Batches(run)
     eval_every = args.eval_every or batches.per_epoch.sum()
     trained = list(model.trained().values())
     optimiser = make_optimiser(model, args)
     progress = {"step": 0, "best": -math.inf, "log": []}
-    if (run.folder / "last.pt").exists():
+    if args.resume and (run.folder / "last.pt").exists():
         progress = load_last(run, optimiser)
         print(f"resumed at step {progress['step']} of {batches.steps}")
     elif args.init_from:
@@ -799,15 +822,19 @@ def export(run):
     trained = trained_tensors(run.model).items()
     norms = {name: tensor for name, tensor in trained if name.startswith("t5.")}
     metadata = {"backbone": run.record["hashes"]["backbone"]}
-    Path(run.args.export).mkdir(parents=True, exist_ok=True)
+    folder = Path(run.args.export)
+    folder.mkdir(parents=True, exist_ok=True)
     # As they are generated, not as a bfloat16 run uses them.
     run.model.t5.dtype = torch.float32
-    for task in [task for task in run.tasks.values() if not task.is_visual]:
+    for task in run.tasks.values():
+        if task.is_visual:
+            print(f"{task.name}: left out, because its weights depend on the image")
+            continue
         tensors = dict(norms)
         for (block, layer), weights in run.model.generate_weights(task.name).items():
             for part, tensor in zip(seam_of(block).names, weights, strict=True):
                 tensors[f"{block}.{layer}.{part}"] = tensor.cpu().contiguous().clone()
-        path = Path(run.args.export) / f"{task.name}.safetensors"
+        path = folder / f"{task.name}.safetensors"
         write_file(path, safetensors.torch.save(tensors, metadata))
         print(f"{path}: {count(tensors.values()):,} deployed parameters")
 
@@ -841,7 +868,7 @@ def table(folders):
         first = None
         cells = rows[folder] = defaultdict(list)
         for path in sorted(Path(folder).glob("seed-*")) or [Path(folder)]:
-            record = read_json_file(path / "config.json")
+            record = read_record(path)
             # Another seed draws other examples for --max-train-examples.
             del record["settings"]["seed"], record["hashes"]["examples"]
             first = first or record

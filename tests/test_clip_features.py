@@ -488,6 +488,8 @@ def test_a_stopped_or_killed_run_continues_to_the_same_bytes(model, tmp_path, co
         ("notes", "", ["--size", "20"], ["--size", "found 20", "multiple of 8"]),
         ("notes", "", ["--size", "-8"], ["--size", "found -8"]),
         ("notes", "", ["--batch-size", "0"], ["--batch-size: "]),
+        ("notes", "", ["--out", "f"], ["--out: found f, expected", ".npy"]),
+        ("f.json", "[1, 2]", [], ["f.json: "]),
     ],
 )
 def test_a_mistake_is_one_line(name, content, more, words, copy, command, monkeypatch):

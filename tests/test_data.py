@@ -396,6 +396,21 @@ def test_majority_correctness_and_types_of_answers():
     assert scores == pytest.approx({"accuracy": (1 + 0.3 + 0.9) / 3, "yes/no": 0.65, "other": 0.9})
 
 
+@pytest.mark.parametrize("name", ["mnli", "mrpc", "cola", "stsb", "vqa", "caption"])
+def test_a_checkpoint_can_hold_every_metric(name):
+    """torch.load refuses numpy's numbers with weights_only=True, which a resumed run relies on."""
+    task = TASKS[name]
+    words = task.label_words() or ["a cat", "a dog"]
+    golds = [[word] for word in words] if task.is_visual else map(float, range(len(words)))
+    examples = [Example((), *pair, "") for pair in zip(words, golds, strict=True)]
+    file = io.BytesIO()
+    torch.save(data.score(task, words, examples), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True).keys() == set(task.metrics) | (
+        {"bleu4"} if name == "caption" else set()
+    )
+
+
 # ---- metrics of image tasks ----------------------------------------------------------------------
 
 
@@ -660,6 +675,9 @@ def test_caption_files(tmp_path):
         path = tmp_path / f"COCO/captions_{subset}.json"
         write(path, {"images": [{"id": 9}], "annotations": rows})
     assert data.make_splits(TASKS["caption"], tmp_path) == splits
+    write(tmp_path / "COCO/dataset_coco.json", {"images": IMAGES["images"][:1]})
+    with pytest.raises(UserError, match="COCO: found no examples for validation"):
+        data.make_splits(TASKS["caption"], tmp_path)
     splits = official("caption", tmp_path)
     assert indices(splits) == {"train": ["9", "25"], "validation": ["42", "43"]}
     example = splits["validation"][0]
@@ -778,7 +796,6 @@ ANSWERED = "VQAv2/v2_" + ANNOTATIONS.format("train2014")
 @pytest.mark.parametrize(
     "task, file, content, message",
     [
-        ("rte", "RTE/dev.tsv", f"{PAIR_HEADER}\n{ENTAILED}", "line 2: found fewer than 2 examples"),
         ("rte", RTE, f"{PAIR_HEADER}\n\n0\ta\tb", "line 3: found 3 columns, expected 4"),
         (
             "rte",
@@ -1007,7 +1024,7 @@ def test_mrpc_from_its_three_sources(server, tmp_path, capsys):
     }
     assert "note: " not in capsys.readouterr().err
     ids = write(tmp_path / "MRPC/mrpc_dev_ids.tsv", "2\t4")
-    with pytest.raises(UserError, match="train.txt: .* fewer than 2 examples for validation"):
+    with pytest.raises(UserError, match="MRPC: found no examples for validation"):
         official("mrpc", tmp_path)
 
     ids.unlink()

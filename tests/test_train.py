@@ -364,6 +364,10 @@ def test_damaged_files_are_named_in_one_line(name, damage, more, words, text, tm
         ("new", ["--data-dir", "/nowhere"], "/nowhere/RTE/train.tsv: [Errno 2] No such file"),
         ("new", ["--model", "/nowhere"], "/nowhere"),
         ("new", ["--set", "prefix=3"], "--set prefix=3"),
+        ("new", ["--set", "prefix_length=-1"], "--method, --set: Trying to create tensor with neg"),
+        ("new", ["--lr", "nan"], "--lr: found nan, expected a positive number"),
+        ("new", ["--run", SAMPLE / "mini-t5", "--eval-only"], "mini-t5/config.json: not"),
+        ("new", ["--table", SAMPLE / "mini-t5"], "not the config.json of a run"),
         ("new", ["--set", "prefix_length=many"], "--set prefix_length=many: invalid literal"),
         ("new", ["--set", "sharing=all"], "sharing: found 'all', expected one of default, shared"),
         ("new", ["--eval-only"], "config.json: [Errno 2] No such file"),
@@ -607,6 +611,15 @@ def test_exported_weights_do_what_the_run_does(text, folder, checkpoint, tmp_pat
     assert torch.allclose(logits, expected, atol=1e-4)
     with pytest.raises(data.UserError, match="stsb.safetensors: was exported for another T5"):
         train.load_exported(path, T5.from_pretrained(checkpoint))
+
+
+def test_an_image_task_is_not_exported(image, tmp_path):
+    run, out = shutil.copytree(image, tmp_path / "run"), tmp_path / "out"
+    printed = call("--run", run, "--export", out)
+    assert "vqa: left out, because its weights depend on the image" in printed
+    assert [path.name for path in out.iterdir()] == ["rte.safetensors"]
+    printed = call("--run", run, "--export", out, "--predict", "validation")
+    assert "validation-VQAv2.json: " in printed
 
 
 def test_asking_gives_an_output_and_probabilities(text):
