@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import shutil
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +53,9 @@ BLANKS = {
         u [B, S, D] -> lambda A(u) [B, S, D], summed over self.parts, tuples
         (W_down [1 or B, D, r], b_down [1 or B, 1, r], W_up, b_up, lambda).
 
-        Write eq. (5), and of eq. (6) the term lambda A(u). t5.py adds FFN(u) and x."""),
+        Write eq. (5), and of eq. (6) the terms lambda A(u), one for each part. A part with 1 in
+        place of B serves the whole batch. In a beam search, u has several rows for each example,
+        one after the other. t5.py adds FFN(u) and x."""),
 }
 
 
@@ -100,11 +103,11 @@ def load(folder):
     return module
 
 
-def small_side(hyperpelt):
+def small_side(hyperpelt, **switches):
     """-> Hypernetworks of small sizes with random weights, for 10 sites."""
     sizes = T5Config(d_model=10, d_kv=3, num_heads=2, num_layers=2)
     config = hyperpelt.HyperPELTConfig(
-        prefix_length=4, embedding_dim=6, hyper_dim=5, projector_dim=7, bottleneck=3)
+        prefix_length=4, embedding_dim=6, hyper_dim=5, projector_dim=7, bottleneck=3, **switches)
     attentions = hyperpelt.list_sites(sizes, hyperpelt.ATTENTION_BLOCKS)
     ffns = hyperpelt.list_sites(sizes, hyperpelt.FFN_BLOCKS)
     side = hyperpelt.Hypernetworks(config, sizes, attentions, ffns)
@@ -128,37 +131,48 @@ def layer_norm(x, norm):
     return centred / deviation * array(norm.weight) + array(norm.bias)
 
 
-# Each function yields (name, found, expected) of every tensor that an equation computes.
+# Each function yields (name, found, expected, mistakes) of every tensor that an equation computes.
+# mistakes: {what was done wrong: what then comes out}.
 
 def check_hyper_embedding(hyperpelt):
     side = small_side(hyperpelt)
     z, layer, block = torch.randn(2, 4, 6), torch.randn(4, 4, 6), torch.randn(5, 4, 6)
-    expected = []
+    joined = []
     for i, j in zip(side.layer_ids.tolist(), side.block_ids.tolist(), strict=True):
-        joined = linear(side.from_z, array(z))
-        joined = joined + linear(side.from_layer, array(layer[i]))
-        joined = joined + linear(side.from_block, array(block[j]))
-        hyper = linear(side.to_hyper, np.maximum(joined, 0))
-        expected.append(layer_norm(hyper, side.norm))
-    yield "I", side.hyper_embedding(z, layer, block), np.stack(expected)
+        of_site = linear(side.from_layer, array(layer[i])) + linear(side.from_block, array(block[j]))
+        joined.append(linear(side.from_z, array(z)) + of_site)
+    hyper = linear(side.to_hyper, np.maximum(joined, 0))
+    no_relu = layer_norm(linear(side.to_hyper, np.array(joined)), side.norm)
+    mistakes = {"without the ReLU": no_relu, "without the norm": hyper}
+    yield "I", side.hyper_embedding(z, layer, block), layer_norm(hyper, side.norm), mistakes
 
 
 def check_prefixes(hyperpelt):
-    side = small_side(hyperpelt)
-    hyper = torch.randn(10, 2, 4, 5)
-    keys, values = side.prefixes(hyper)
-    for name, found, output_map in (("P_k", keys, side.to_key), ("P_v", values, side.to_value)):
-        rows = linear(output_map, array(hyper)).reshape(10, 2, 4, 2, 3)
-        yield name, found, rows.swapaxes(2, 3)
+    # In the vector form, one row of I gives all four positions.
+    for form, rows in (("", 4), (" with per_position=False", 1)):
+        side = small_side(hyperpelt, per_position=not form)
+        hyper = torch.randn(10, 2, rows, 5)
+        keys, values = side.prefixes(hyper)
+        for name, found, output_map in (("P_k", keys, side.to_key), ("P_v", values, side.to_value)):
+            all_heads = linear(output_map, array(hyper))
+            mistakes = {"with the axes of heads and positions mixed up":
+                        all_heads.reshape(10, 2, 2, 4, 3)}
+            expected = all_heads.reshape(10, 2, 4, 2, 3).swapaxes(2, 3)
+            yield name + form, found, expected, mistakes
 
 
 def check_attention(hyperpelt):
-    parts = [[torch.randn(1, 2, 4, 3) for _ in range(2)] for _ in range(2)]
+    # The task's part serves the whole batch, the image's has one entry for each example.
+    parts = [[torch.randn(batch, 2, 4, 3) for _ in range(2)] for batch in (1, 5)]
     text = [torch.randn(5, 2, 6, 3) for _ in range(2)]
     found = hyperpelt.Prefix(parts)(*text)
     for i, name in enumerate(("K'", "V'")):
-        before = [np.repeat(array(part[i]), 5, 0) for part in parts]
-        yield name, found[i], np.concatenate([*before, array(text[i])], 2)
+        task, image = [np.broadcast_to(array(part[i]), (5, 2, 4, 3)) for part in parts]
+        mistakes = {"with the prefix after the text": [array(text[i]), task, image],
+                    "with the second part before the first": [image, task, array(text[i])],
+                    "with the first part alone": [task, array(text[i])]}
+        mistakes = {mistake: np.concatenate(rows, 2) for mistake, rows in mistakes.items()}
+        yield name, found[i], np.concatenate([task, image, array(text[i])], 2), mistakes
 
 
 def check_adapters(hyperpelt):
@@ -171,17 +185,33 @@ def check_adapters(hyperpelt):
         ("W_up", up, side.to_up, (3, 10)),
         ("b_up", up_bias, side.to_up_bias, (1, 10)),
     ):
-        yield name, found, linear(output_map, array(hyper).mean(2)).reshape(10, 2, *shape)
-    yield "lambda", scale, np.full(10, side.scale.item())
+        mean, first = array(hyper).mean(2), array(hyper)[:, :, 0]
+        expected = linear(output_map, mean).reshape(10, 2, *shape)
+        mistakes = {"of the first position instead of the mean":
+                    linear(output_map, first).reshape(10, 2, *shape)}
+        yield name, found, expected, mistakes
+    yield "lambda", scale, np.full(10, side.scale.item()), {}
 
 
-def check_adapter(hyperpelt, name="A(u)", scale=1.0):
-    part = [torch.randn(1, *shape) for shape in ((10, 3), (1, 3), (3, 10), (1, 10))]
+def check_adapter(hyperpelt, name="A(u)", scales=(1.0, 1.0)):
+    # As above: the task's part, and the image's.
+    shapes = (10, 3), (1, 3), (3, 10), (1, 10)
+    parts = [[torch.randn(batch, *shape) for shape in shapes] for batch in (1, 2)]
     u = torch.randn(2, 6, 10)
-    found = hyperpelt.Adapter([[*part, torch.tensor(scale)]])(u)
-    down, down_bias, up, up_bias = map(array, part)
-    hidden = np.maximum(array(u) @ down + down_bias, 0)
-    yield name, found, scale * (hidden @ up + up_bias)
+    scaled = [[*part, torch.tensor(scale)] for part, scale in zip(parts, scales, strict=True)]
+    found = hyperpelt.Adapter(scaled)(u)
+    terms = []
+    for part, scale in zip(parts, scales, strict=True):
+        down, down_bias, up, up_bias = map(array, part)
+        before = array(u) @ down + down_bias
+        hidden = np.maximum(before, 0)
+        terms.append({"": scale * (hidden @ up + up_bias),
+                      "without the ReLU": scale * (before @ up + up_bias),
+                      "without lambda": hidden @ up + up_bias,
+                      "with lambda on W_up alone": scale * (hidden @ up) + up_bias})
+    sums = {mistake: terms[0][mistake] + terms[1][mistake] for mistake in terms[0]}
+    expected = sums.pop("")
+    yield name, found, expected, {**sums, "with the first part alone": terms[0][""]}
 
 
 CHECKS = {
@@ -190,28 +220,37 @@ CHECKS = {
     3: check_attention,
     4: check_adapters,
     5: check_adapter,
-    # The same method as eq. (5), with a lambda that is not 1.
-    6: partial(check_adapter, name="lambda A(u)", scale=0.25),
+    # The same method as eq. (5), with lambdas that are not 1.
+    6: partial(check_adapter, name="lambda A(u)", scales=(0.25, 0.5)),
 }
 
 
 def check(number, folder):
     """Compare an equation with numpy. Explain the first mismatch in one sentence."""
     try:
-        for name, found, expected in CHECKS[number](load(folder)):
-            problem = mismatch(found, expected)
+        for name, found, expected, mistakes in CHECKS[number](load(folder)):
+            problem = mismatch(found, expected, mistakes)
             if problem:
                 sys.exit(f"eq. ({number}): {name} {problem}")
-    except NotImplementedError as error:
-        sys.exit(str(error))
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        # The last line of the student's file that was at work, if one was.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if Path(frame.filename).parent == folder]
+        place = f"line {lines[-1]}" if lines else "what it returns"
+        sys.exit(f"eq. ({number}): {place} leads to {type(error).__name__}: {error}")
     print(f"eq. ({number}) is right.")
 
 
-def mismatch(found, expected):
+def mismatch(found, expected, mistakes):
     """-> what is wrong with a tensor; nothing where it equals an array."""
     if not hasattr(found, "detach"):
         return f"is a {type(found).__name__}, expected a tensor {list(expected.shape)}"
     found = array(found)
+    for mistake, array_of_it in mistakes.items():
+        if same(found, array_of_it) and not same(found, expected):
+            return f"is what comes out {mistake}"
     if found.shape != expected.shape:
         return f"has shape {list(found.shape)}, expected {list(expected.shape)}"
     wrong = np.argwhere(~np.isclose(found, expected, rtol=1e-3, atol=1e-4))
@@ -219,6 +258,10 @@ def mismatch(found, expected):
         place = tuple(wrong[0])
         return (f"differs first at {list(map(int, place))}: found {found[place]:.4f},"
                 f" expected {expected[place]:.4f}; {len(wrong)} of {found.size} numbers differ")
+
+
+def same(found, expected):
+    return found.shape == expected.shape and np.allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 # ---- part B: predict, then run -------------------------------------------------------------------
@@ -272,9 +315,13 @@ ANSWERS = {
 def answer(question, value, folder):
     """Compare a prediction with what the code in a folder computes."""
     found = ANSWERS[question](load(folder))
-    if abs(found - value) > 1e-6:
-        sys.exit(f"{question}: {value:g} is not what the code computes.")
-    print(f"{question}: {value:g} is right.")
+    if not abs(found - value) <= 1e-6:
+        sys.exit(f"{question}: {value:,.10g} is not what the code computes.")
+    print(f"{question}: {value:,.10g} is right.")
+
+
+def number(text):
+    return float(text.replace(",", ""))
 
 
 def main(arguments=None):
@@ -286,16 +333,21 @@ def main(arguments=None):
     one.add_argument("number", type=int, choices=CHECKS)
     one = commands.add_parser("answer", help="check a prediction of part B")
     one.add_argument("question", choices=ANSWERS)
-    one.add_argument("value", type=float)
+    one.add_argument("value", type=number)
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     folder = args.folder.resolve()
-    if args.command == "blank":
-        blank(folder)
-    elif args.command == "check":
-        check(args.number, folder)
-    else:
-        answer(args.question, args.value, folder if folder.exists() else ROOT)
+    try:
+        if args.command == "blank":
+            blank(folder)
+        elif args.command == "answer":
+            answer(args.question, args.value, folder if folder.exists() else ROOT)
+        elif folder.exists():
+            check(args.number, folder)
+        else:
+            sys.exit(f"{folder} is not there; python sample/exercises.py blank writes it")
+    except NotImplementedError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,18 @@ MISTAKES = {
     1: (
         "hidden = F.relu(self.from_z(z) + of_site)",
         "hidden = self.from_z(z) + of_site",
-        r"eq. \(1\): I differs first at \[0, 0, 0, 0\]: found .*, expected",
+        r"eq. \(1\): I is what comes out without the ReLU",
     ),
-    2: ("keys = self.to_key(hyper) ", "keys = self.to_value(hyper) ", r"eq. \(2\): P_k differs"),
-    3: ("torch.cat([*values, v], 2)", "torch.cat([v, *values], 2)", r"eq. \(3\): V' differs"),
+    2: (
+        "keys = self.to_key(hyper) ",
+        "keys = self.to_value(hyper) ",
+        r"eq. \(2\): P_k differs first at \[0, 0, 0, 0, 0\]: found .*, expected .*; \d+ of 480",
+    ),
+    3: (
+        "torch.cat([*values, v], 2)",
+        "torch.cat([v, *values], 2)",
+        r"eq. \(3\): V' is what comes out with the prefix after the text",
+    ),
     4: (
         "down = self.to_down(mean).unflatten(2, self.down_shape)",
         "down = self.to_down(mean)",
@@ -27,14 +35,26 @@ MISTAKES = {
     5: (
         "hidden = F.relu(torch.baddbmm(down_bias, x, down))",
         "hidden = torch.baddbmm(down_bias, x, down)",
-        r"eq. \(5\): A\(u\) differs",
+        r"eq. \(5\): A\(u\) is what comes out without the ReLU",
     ),
     6: (
         "scale * up_bias, hidden, scale * up)",
         "up_bias, hidden, scale * up)",
-        r"eq. \(6\): lambda A\(u\) differs",
+        r"eq. \(6\): lambda A\(u\) is what comes out with lambda on W_up alone",
     ),
 }
+# More mistakes: equation, right line, mistake, what is said of it.
+MORE = [
+    (1, "self.norm(self.to_hyper(hidden))", "self.to_hyper(hidden)", "I is .* without the norm"),
+    (2, "return keys.reshape(shape).transpose(2, 3),", "return keys.reshape(shape),", "has shape"),
+    (2, "shape = (*hyper.shape[:2], *self.head_shape)", "shape = (10, 2, 4, 2, 3), 0", "TypeError"),
+    (3, "torch.cat([*keys, k], 2), ", "torch.cat([keys[0], k], 2), ", "with the first part alone"),
+    (3, "torch.cat([*keys, k], 2), ", "torch.cat([*keys, k], 1), ", r"line \d+ leads to Runtime"),
+    (3, "torch.cat([*values, v], 2) ", "None ", "V' is a NoneType, expected a tensor"),
+    (4, "mean = hyper.mean(2)", "mean = hyper[:, :, 0]", "W_down .* of the first position"),
+    (4, "return down, down_bias, up, up_bias, ", "return down, up, ", "what it returns leads to"),
+    (5, "sum(terms[1:], start=terms[0])", "terms[0]", r"A\(u\) .* with the first part alone"),
+]
 
 
 def call(folder, *arguments):
@@ -66,9 +86,19 @@ def test_an_equation_is_blank_then_wrong_then_right(number, build, tmp_path):
     assert not call(tmp_path, "check", number)
 
 
-def test_a_mistake_is_one_line(build):
+@pytest.mark.parametrize("number, right, wrong, message", MORE)
+def test_typical_mistakes_are_explained(number, right, wrong, message, tmp_path):
+    whole = (ROOT / "hyperpelt.py").read_text()
+    assert whole.count(right) == 1
+    (tmp_path / "hyperpelt.py").write_text(whole.replace(right, wrong))
+    assert re.match(rf"eq. \({number}\): .*{message}", call(tmp_path, "check", number))
+
+
+def test_a_mistake_is_one_line(build, tmp_path):
     done = run_cli(SCRIPT, "--folder", build, "check", 3)
     assert done.returncode == 1 and done.stderr == "eq. (3) is yours to write\n"
+    assert call(build, "answer", "zeros", 0.5) == "eq. (3) is yours to write"
+    assert "blank writes it" in call(tmp_path / "none", "check", 3)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +109,7 @@ def test_a_mistake_is_one_line(build):
         ("crossing", 5, 4),
         ("vector", 7719257, 4290905),
         ("zeros", 0.5, 0),
+        ("count", "4,290,905", "nan"),
     ],
 )
 def test_predictions(question, right, wrong, tmp_path):
