@@ -139,8 +139,9 @@ def check_hyper_embedding(hyperpelt):
     z, layer, block = torch.randn(2, 4, 6), torch.randn(4, 4, 6), torch.randn(5, 4, 6)
     joined = []
     for i, j in zip(side.layer_ids.tolist(), side.block_ids.tolist(), strict=True):
-        of_site = linear(side.from_layer, array(layer[i])) + linear(side.from_block, array(block[j]))
-        joined.append(linear(side.from_z, array(z)) + of_site)
+        from_layer = linear(side.from_layer, array(layer[i]))
+        from_block = linear(side.from_block, array(block[j]))
+        joined.append(linear(side.from_z, array(z)) + from_layer + from_block)
     hyper = linear(side.to_hyper, np.maximum(joined, 0))
     no_relu = layer_norm(linear(side.to_hyper, np.array(joined)), side.norm)
     mistakes = {"without the ReLU": no_relu, "without the norm": hyper}
