@@ -425,10 +425,10 @@ def open_part(path, about):
     with reading(about_path):
         saved = read_json_file(about_path) if about_path.exists() else about
         at_start = saved | {"done": 0, "skipped": []}
+        mode = "r+" if saved["done"] else "w+"
     if at_start != about:
         raise UserError(f"{about_path}: has other settings, weights or images; remove it")
     shape = (len(about["ids"]), math.prod(about["grid"]), about["width"])
-    mode = "r+" if saved["done"] else "w+"
     return np.lib.format.open_memmap(path.with_suffix(".part.npy"), mode, np.float16, shape), saved
 
 

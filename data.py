@@ -347,8 +347,11 @@ def split_by_image(splits, path):
 
 
 def read_files(task, paths, read_rows, labelled=True):
-    """Read {split: path}. A row that names a split goes there. Return {split: [Example]}."""
-    splits = {name: [] for name in paths}
+    """Read {split: path}. A row that names a split goes there. Return {split: [Example]}.
+
+    Raises UserError, also where a split that is a key of `paths` gets fewer than 2 examples.
+    """
+    splits = {}
     for name, path in paths.items():
         with reading(path) as where:
             for number, row in enumerate(read_rows(path, where)):
@@ -359,6 +362,8 @@ def read_files(task, paths, read_rows, labelled=True):
                 image, kind = row.get("image"), row.get("kind", "")
                 example = Example(parts, target, gold, index, image, targets, kind)
                 splits.setdefault(row.get("split", name), []).append(example)
+            if len(splits.get(name, [])) < 2:
+                raise ValueError(f"found fewer than 2 examples for {name}")
     return splits
 
 
@@ -570,20 +575,23 @@ def make_splits(task, data_dir, protocol="paper"):
     """
     folder = find_folder(task, data_dir)
     splits = read_task(task, folder, protocol)
-    if protocol == "paper" and not task.is_visual and "test" not in splits:
-        train, validation = splits["train"], splits["validation"]
-        if len(train) < 10_000:
-            shuffled = permutation(validation)
-            half = len(shuffled) // 2
-            splits = {"train": train, "validation": shuffled[:half], "test": shuffled[half:]}
-        else:
-            shuffled = permutation(train)
-            splits = {"train": shuffled[1000:], "validation": shuffled[:1000], "test": validation}
-
+    # Files that list the examples of several splits may leave one empty.
     for name in ("train", "validation", *splits):
         if not splits.get(name):
             raise UserError(f"{folder}: found no examples for {name}")
-    return splits
+    if protocol == "official" or task.is_visual or "test" in splits:
+        return splits
+
+    if len(splits["train"]) < 10_000:
+        shuffled = permutation(splits["validation"])
+        half = len(shuffled) // 2
+        return splits | {"validation": shuffled[:half], "test": shuffled[half:]}
+    shuffled = permutation(splits["train"])
+    return splits | {
+        "train": shuffled[1000:],
+        "validation": shuffled[:1000],
+        "test": splits["validation"]
+    }
 
 
 def read_submission(task, data_dir):

@@ -55,8 +55,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from t5 import (DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5,
-                T5Config)
+from t5 import DECODER_CROSS, DECODER_FFN, DECODER_SELF, ENCODER_FFN, ENCODER_SELF, T5, T5Config
 
 ATTENTION_BLOCKS = (ENCODER_SELF, DECODER_SELF, DECODER_CROSS)
 FFN_BLOCKS = (ENCODER_FFN, DECODER_FFN)

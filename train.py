@@ -178,8 +178,9 @@ def read_settings(arguments):
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
             if not 0 <= value < 2 ** 31 or value == 0 and name in ABOVE_ZERO:
+                least = "above" if name in ABOVE_ZERO else "from"
                 raise UserError(f"--{name.replace('_', '-')}: found {value},"
-                                " expected a positive number below 2^31")
+                                f" expected a number {least} 0, below 2^31")
     return args
 
 
@@ -202,7 +203,7 @@ def read_record(folder):
     """-> config.json of a run. Raises UserError for a folder that holds none."""
     path = Path(folder, "config.json")
     record = read_json_file(path)
-    if "hashes" not in record:
+    if not isinstance(record, dict) or "hashes" not in record:
         raise UserError(f"{path}: not the config.json of a run")
     return record
 
@@ -239,8 +240,7 @@ class Run:
 def load_run(args):
     """Settings -> Run, its model with initial weights. Raises UserError where the run exists and
     its settings, HyperPELTConfig, data, features or backbone were others."""
-    path = Path(args.run, "config.json")
-    saved = read_record(args.run) if path.exists() else None
+    saved = read_record(args.run) if Path(args.run, "config.json").exists() else None
     tasks = data.find_tasks(args.task)
     tokenizer, t5 = load_backbone(args, tasks)
 
@@ -263,7 +263,7 @@ def load_run(args):
     config.visual_width = image_encoder["width"] if image_encoder else 0
     try:
         model = HyperPELT(t5, list(tasks), config, getattr(torch, args.dtype))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"--method, --set: {error}") from None
 
     settings = {name: value for name, value in vars(args).items() if name not in OPTIONS["runs"]}
@@ -273,7 +273,7 @@ def load_run(args):
     # As the file gives it back: tuples become lists.
     record = json.loads(json.dumps(record))
     if saved:
-        check_same(saved, record, f"{path}: this is another run")
+        check_same(saved, record, f"{args.run}/config.json: this is another run")
     encode = functools.lru_cache(maxsize=2 ** 16)(tokenizer.encode)
     return Run(args, Path(args.run), tasks, splits, images, tokenizer, encode, model.to(DEVICE),
                record, time.perf_counter())
@@ -285,13 +285,10 @@ def load_backbone(args, tasks):
         wait_for_all()
     for task in tasks.values() if args.download else ():
         data.download(task, args.data_dir)
-    try:
+    with reading(args.model):
         tokenizer = Tokenizer.from_pretrained(args.model)
         t5 = T5.from_pretrained(args.model)
-    except ValueError as error:
-        # It names the file.
-        raise UserError(error) from None
-    t5.encoder.recompute = t5.decoder.recompute = args.recompute
+        t5.encoder.recompute = t5.decoder.recompute = args.recompute
     if RANK == 0:
         wait_for_all()
     return tokenizer, t5
@@ -913,10 +910,12 @@ def run_once(args):
     print(f"{args.method}, {args.dtype}, {DEVICE}: {trained:,} trained parameters,"
           f" {trained / total:.1%} of the T5's")
 
-    for option, use in ((args.ask, ask), (args.predict, predict), (args.export, export)):
-        if option:
-            load_best(run)
-            return use(run)
+    uses = {ask: args.ask, predict: args.predict, export: args.export}
+    if any(uses.values()):
+        load_best(run)
+        for use in filter(uses.get, uses):
+            use(run)
+        return
     if not args.eval_only:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_file(run.folder / "config.json", json.dumps(run.record, indent=1).encode())

@@ -452,9 +452,8 @@ TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper
 
 def core_hours():
     """-> hours of all jobs. Each of a job's lines has the same seconds."""
-    with open(RESULTS, newline="") as file:
-        jobs = {tuple(row[column] for column in (*JOB_COLUMNS, "seconds"))
-                for row in csv.DictReader(file, delimiter="\t")}
+    jobs = {tuple(row[column] for column in (*JOB_COLUMNS, "seconds"))
+            for name in EXPERIMENTS for row in read_results(name)}
     return sum(int(job[-1]) for job in jobs) / 3600
 
 

@@ -675,7 +675,8 @@ def test_caption_files(tmp_path):
         path = tmp_path / f"COCO/captions_{subset}.json"
         write(path, {"images": [{"id": 9}], "annotations": rows})
     assert data.make_splits(TASKS["caption"], tmp_path) == splits
-    write(tmp_path / "COCO/dataset_coco.json", {"images": IMAGES["images"][:1]})
+    train = [row for row in IMAGES["images"] if row["split"] in ("train", "restval")]
+    write(tmp_path / "COCO/dataset_coco.json", {"images": train})
     with pytest.raises(UserError, match="COCO: found no examples for validation"):
         data.make_splits(TASKS["caption"], tmp_path)
     splits = official("caption", tmp_path)
@@ -785,6 +786,23 @@ def test_predictions_of_image_tasks(name, index, id_key, key, tmp_path):
 
 # ---- mistakes ------------------------------------------------------------------------------------
 
+
+def test_mnli_keeps_its_mismatched_split_and_needs_test_rows(tmp_path):
+    header, row = "index\tsentence1\tsentence2", "0\ta\tb"
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        write(
+            tmp_path / f"MNLI/{name}.tsv",
+            "\n".join([f"{header}\tgold_label", *[f"{row}\tneutral"] * 4]),
+        )
+    splits = data.make_splits(TASKS["mnli"], tmp_path)
+    sizes = {name: len(examples) for name, examples in splits.items()}
+    assert sizes == {"train": 4, "validation": 2, "mismatched": 4, "test": 2}
+    for name in ("test_matched", "test_mismatched"):
+        write(tmp_path / f"MNLI/{name}.tsv", header)
+    with pytest.raises(UserError, match="test_matched.tsv: .* found fewer than 2 examples"):
+        data.read_submission(TASKS["mnli"], tmp_path)
+
+
 RTE, ENTAILED = "RTE/train.tsv", "0\ta\tb\tentailment"
 STSB, SNLI = "STS-B/train.tsv", "SNLI-VE/snli_ve_train.jsonl"
 SCORES = "sentence1\tsentence2\tscore\na\tb\t"
@@ -796,6 +814,7 @@ ANSWERED = "VQAv2/v2_" + ANNOTATIONS.format("train2014")
 @pytest.mark.parametrize(
     "task, file, content, message",
     [
+        ("rte", "RTE/dev.tsv", f"{PAIR_HEADER}\n{ENTAILED}", "line 2: found fewer than 2 examples"),
         ("rte", RTE, f"{PAIR_HEADER}\n\n0\ta\tb", "line 3: found 3 columns, expected 4"),
         (
             "rte",
@@ -1024,8 +1043,9 @@ def test_mrpc_from_its_three_sources(server, tmp_path, capsys):
     }
     assert "note: " not in capsys.readouterr().err
     ids = write(tmp_path / "MRPC/mrpc_dev_ids.tsv", "2\t4")
-    with pytest.raises(UserError, match="MRPC: found no examples for validation"):
-        official("mrpc", tmp_path)
+    for protocol in ("official", "paper"):
+        with pytest.raises(UserError, match="MRPC: found no examples for validation"):
+            data.make_splits(TASKS["mrpc"], tmp_path, protocol)
 
     ids.unlink()
     found = indices(official("mrpc", tmp_path))

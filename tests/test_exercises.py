@@ -49,11 +49,25 @@ MORE = [
     (2, "return keys.reshape(shape).transpose(2, 3),", "return keys.reshape(shape),", "has shape"),
     (2, "shape = (*hyper.shape[:2], *self.head_shape)", "shape = (10, 2, 4, 2, 3), 0", "TypeError"),
     (3, "torch.cat([*keys, k], 2), ", "torch.cat([keys[0], k], 2), ", "with the first part alone"),
-    (3, "torch.cat([*keys, k], 2), ", "torch.cat([*keys, k], 1), ", r"line \d+ leads to Runtime"),
+    (
+        2,
+        "return keys.reshape(shape).transpose(2, 3),",
+        "return keys.reshape(*shape[:2], shape[3], shape[2], shape[4]),",
+        "heads and positions mixed",
+    ),
+    (
+        3,
+        "torch.cat([*keys, k], 2), ",
+        "torch.cat([*keys[::-1], k], 2), ",
+        "K' .* second part before",
+    ),
+    (3, "torch.cat([*keys, k], 2), ", "torch.cat([*keys, k], 1), ", r"line \d+ of .* to Runtime"),
     (3, "torch.cat([*values, v], 2) ", "None ", "V' is a NoneType, expected a tensor"),
     (4, "mean = hyper.mean(2)", "mean = hyper[:, :, 0]", "W_down .* of the first position"),
     (4, "return down, down_bias, up, up_bias, ", "return down, up, ", "what it returns leads to"),
     (5, "sum(terms[1:], start=terms[0])", "terms[0]", r"A\(u\) .* with the first part alone"),
+    (5, "x = u.reshape(len(down), -1, u.size(2))", "x = u", r"line \d+ of .* leads to Runtime"),
+    (6, "scale * up_bias, hidden, scale * up)", "up_bias, hidden, up)", "without lambda"),
 ]
 
 
@@ -91,7 +105,7 @@ def test_typical_mistakes_are_explained(number, right, wrong, message, tmp_path)
     whole = (ROOT / "hyperpelt.py").read_text()
     assert whole.count(right) == 1
     (tmp_path / "hyperpelt.py").write_text(whole.replace(right, wrong))
-    assert re.match(rf"eq. \({number}\): .*{message}", call(tmp_path, "check", number))
+    assert re.search(message, call(tmp_path, "check", number))
 
 
 def test_a_mistake_is_one_line(build, tmp_path):

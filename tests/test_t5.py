@@ -280,8 +280,6 @@ def test_config_files(tmp_path):
     assert T5Config.from_file(path) == T5Config(**sizes, num_decoder_layers=3)
     for text, message in (
         ('{"d_model": 8, "feed_forward_proj": "gated-silu"}', "feed_forward_proj.*gated-silu"),
-        ('{"d_model": 8.5}', "d_model: found 8.5, expected int"),
-        ('{"d_model": 8, "num_layers": 0}', "num_layers: found 0, expected int"),
         ('{"hidden_size": 8}', "not the config.json of a T5, found no d_model"),
         ("{", "not JSON"),
     ):

@@ -287,6 +287,13 @@ def test_an_interrupt_during_the_imports_shows_no_traceback(tmp_path):
 # ---- what may not be overwritten or mixed up -----------------------------------------------------
 
 
+def test_without_resume_a_left_over_checkpoint_is_not_used(text, folder, tmp_path):
+    run = shutil.copytree(text, tmp_path / "run")
+    (run / "config.json").unlink()
+    assert "resumed" not in call(*command(folder, "rte,stsb", run, *SHORT))
+    assert read(run / "config.json")["settings"]["max_steps"] == 2
+
+
 def test_a_finished_run_stays_as_it_is_wherever_it_lies(text, folder, tmp_path):
     assert "holds a run already; --resume" in refusal(*command(folder, "rte", text))
     run = shutil.copytree(text, tmp_path / "run")
@@ -365,7 +372,7 @@ def test_damaged_files_are_named_in_one_line(name, damage, more, words, text, tm
         ("new", ["--model", "/nowhere"], "/nowhere"),
         ("new", ["--set", "prefix=3"], "--set prefix=3"),
         ("new", ["--set", "prefix_length=-1"], "--method, --set: Trying to create tensor with neg"),
-        ("new", ["--lr", "nan"], "--lr: found nan, expected a positive number"),
+        ("new", ["--lr", "nan"], "--lr: found nan, expected a number from 0, below"),
         ("new", ["--run", SAMPLE / "mini-t5", "--eval-only"], "mini-t5/config.json: not"),
         ("new", ["--table", SAMPLE / "mini-t5"], "not the config.json of a run"),
         ("new", ["--set", "prefix_length=many"], "--set prefix_length=many: invalid literal"),
@@ -618,8 +625,8 @@ def test_an_image_task_is_not_exported(image, tmp_path):
     printed = call("--run", run, "--export", out)
     assert "vqa: left out, because its weights depend on the image" in printed
     assert [path.name for path in out.iterdir()] == ["rte.safetensors"]
-    printed = call("--run", run, "--export", out, "--predict", "validation")
-    assert "validation-VQAv2.json: " in printed
+    printed = call("--run", run, "--export", tmp_path / "both", "--predict", "validation")
+    assert "validation-VQAv2.json: " in printed and (tmp_path / "both/rte.safetensors").exists()
 
 
 def test_asking_gives_an_output_and_probabilities(text):
