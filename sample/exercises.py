@@ -243,8 +243,8 @@ def mismatch(found, expected, mistakes):
     found = array(found)
     if same(found, expected):
         return ""
-    for mistake, array_of_it in mistakes.items():
-        if same(found, array_of_it):
+    for mistake, outcome in mistakes.items():
+        if same(found, outcome):
             return f"is what comes out {mistake}"
     if found.shape != expected.shape:
         return f"has shape {list(found.shape)}, expected {list(expected.shape)}"
