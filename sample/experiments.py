@@ -459,7 +459,7 @@ def core_hours():
 
 def fill(page):
     """A page with its core-hours, and its tables between <!-- NAME --> and <!-- end -->, anew."""
-    page = re.sub(r"took \S+ core-hours", f"took {core_hours():.1f} core-hours", page)
+    page = re.sub(r"took \S+(\s+core-hours)", rf"took {core_hours():.1f}\1", page)
     for name in re.findall("<!-- (.*) -->\n", page):
         if name in TABLES:
             header, *rows = TABLES[name]()
