@@ -424,10 +424,9 @@ def open_part(path, about):
     about_path = path.with_suffix(".json")
     with reading(about_path):
         saved = read_json_file(about_path) if about_path.exists() else about
-        at_start = saved | {"done": 0, "skipped": []}
+        if saved | {"done": 0, "skipped": []} != about:
+            raise UserError(f"{about_path}: has other settings, weights or images; remove it")
         mode = "r+" if saved["done"] else "w+"
-    if at_start != about:
-        raise UserError(f"{about_path}: has other settings, weights or images; remove it")
     shape = (len(about["ids"]), math.prod(about["grid"]), about["width"])
     return np.lib.format.open_memmap(path.with_suffix(".part.npy"), mode, np.float16, shape), saved
 
