@@ -913,8 +913,9 @@ def run_once(args):
     uses = {ask: args.ask, predict: args.predict, export: args.export}
     if any(uses.values()):
         load_best(run)
-        for use in filter(uses.get, uses):
-            use(run)
+        for use, option in uses.items():
+            if option:
+                use(run)
         return
     if not args.eval_only:
         run.folder.mkdir(parents=True, exist_ok=True)
