@@ -121,6 +121,9 @@ class HyperPELTConfig:
             if block not in ATTENTION_BLOCKS:
                 raise ValueError(f"prefix_blocks: found {block!r},"
                                  f" expected some of {', '.join(ATTENTION_BLOCKS)}")
+        if self.prefix_length < 1 or not 0 <= self.position_noise <= 1:
+            raise ValueError(f"found prefix_length {self.prefix_length} and position_noise"
+                             f" {self.position_noise}, expected at least 1, and from 0 to 1")
 
 
 # ---- hypernetworks: eq. (1), (2), (4), (8) -------------------------------------------------------

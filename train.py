@@ -177,10 +177,11 @@ def read_settings(arguments):
     args.run = folder
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
-            if not 0 <= value < 2 ** 31 or value == 0 and name in ABOVE_ZERO:
+            limit = 1 if name == "label_smoothing" else 2 ** 31
+            if not 0 <= value < limit or value == 0 and name in ABOVE_ZERO:
                 least = "above" if name in ABOVE_ZERO else "from"
                 raise UserError(f"--{name.replace('_', '-')}: found {value},"
-                                f" expected a number {least} 0, below 2^31")
+                                f" expected a number {least} 0, below {limit:,}")
     return args
 
 

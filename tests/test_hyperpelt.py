@@ -410,6 +410,8 @@ def test_the_command_prints_the_sizes_and_an_unknown_model_is_one_line():
     [
         (dict(method="lora"), "method: found 'lora', expected one of hyperpelt, hyperprefix"),
         (dict(prefix_blocks=(DECODER_SELF, "decoder FFN")), "prefix_blocks: found 'decoder FFN'"),
+        (dict(position_noise=1.5), "position_noise 1.5, expected"),
+        (dict(prefix_length=0), "prefix_length 0 and"),
         (dict(method="mam", **IMAGES), "method mam with vision both lets no image in"),
         (dict(method="hyperadapter", vision="prefix", **IMAGES), "lets no image in"),
     ],
