@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -31,14 +32,14 @@ import torch
 
 import data
 import train
-from hyperpelt import ATTENTION_BLOCKS, HyperPELT, HyperPELTConfig, count
+from hyperpelt import ATTENTION_BLOCKS, VISION, HyperPELT, HyperPELTConfig, count
 from t5 import T5, T5Config
 
 SAMPLE = Path(__file__).resolve().parent
 ROOT = SAMPLE.parent
 RUNS = ROOT / "runs" / "experiments"
 RESULTS = SAMPLE / "results.tsv"
-ANNOTATIONS = SAMPLE / "vqa" / "v2_mscoco_val2014_annotations.json"
+SIDES = RUNS / "sides-data"
 JOB_COLUMNS = ("experiment", "method", "tasks", "seed", "settings")
 
 
@@ -165,16 +166,38 @@ def blocks():
 
 
 def vision():
-    """What an image gives: the sample's questions, by their type."""
-    for seed in range(3):
-        for mode in ("both", "prefix", "adapter", "tokens", "shuffled"):
-            settings = f"--vision {mode} --eval-every 10000"
-            yield Job("vision", mode, "vqa", seed, settings)
+    """What an image gives: the sample's questions, by their type. One seed of the control."""
+    for seed, mode in itertools.product(range(3), (*VISION, "shuffled")):
+        if seed == 0 or mode != "shuffled":
+            yield Job("vision", mode, "vqa", seed, f"--vision {mode} --eval-every 10000")
+
+
+def sides():
+    """On which side a thing is: alone in its scene, or with another on the other side."""
+    steps = {"one": "--max-steps 200 --eval-every 25", "two": "--max-steps 1000 --eval-every 250"}
+    for name, mode, seed in itertools.product(steps, VISION, range(3)):
+        files = (SIDES / name).relative_to(ROOT)
+        settings = f"--vision {mode} {steps[name]} --data-dir {files} --features {files}/features"
+        if name == "one" or seed == 0:
+            yield Job("sides", f"{mode}, {name}", "vqa", seed, settings)
+
+
+def make_sides():
+    """The files of `sides`, unless they are there."""
+    if (SIDES / "two" / "features" / "val2014.npy").exists():
+        return
+    shutil.rmtree(SIDES, ignore_errors=True)
+    call = functools.partial(subprocess.run, check=True)
+    call([sys.executable, SAMPLE / "make" / "sides.py", "--out", SIDES])
+    for name, subset in itertools.product(("one", "two"), ("train2014.npy", "val2014.npy")):
+        call([sys.executable, ROOT / "clip_features.py", "--model", SAMPLE / "mini-clip",
+              "--images", SIDES / name / "vqa" / "images" / subset,
+              "--out", SIDES / name / "features" / subset])
 
 
 EXPERIMENTS = {"speed": speed, "ladder-tuning": ladder_tuning, "ladder": ladder,
                "hyper-embedding": hyper_embedding, "two-tasks": two_tasks, "new-task": new_task,
-               "budgets": budgets, "blocks": blocks, "vision": vision}
+               "budgets": budgets, "blocks": blocks, "vision": vision, "sides": sides}
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -186,6 +209,8 @@ def run(names, real, workers):
         jobs = [job for job in EXPERIMENTS[name]() if tuple(map(str, astuple(job))) not in done]
         print(f"{name}: {len(jobs)} jobs are left", flush=True)
         options = real if name == "speed" else []
+        if name == "sides":
+            make_sides()
         with ThreadPoolExecutor(workers) as pool:
             failed = sum(pool.map(functools.partial(run_job, options=options), jobs))
         if failed:
@@ -279,7 +304,9 @@ def read_evaluations(folder):
     if predictions.exists():
         answers = {row["question_id"]: row["answer"] for row in json.loads(predictions.read_text())}
         right = defaultdict(list)
-        for row in json.loads(ANNOTATIONS.read_text())["annotations"]:
+        settings = json.loads((folder / "config.json").read_text())["settings"]
+        files = ROOT / settings["data_dir"] / "vqa" / "v2_mscoco_val2014_annotations.json"
+        for row in json.loads(files.read_text())["annotations"]:
             is_right = answers[row["question_id"]] == row["multiple_choice_answer"]
             right["all"].append(is_right)
             right[row["question_type"]].append(is_right)
@@ -445,9 +472,15 @@ def vision_table():
         yield mode, *map(spread, by_type.values())
 
 
+def sides_table():
+    yield "images by", "things", "accuracy", "90 % at step"
+    for (_, label), by_seed in curves("sides").items():
+        yield *label.split(", "), spread(last_values(by_seed)), first_steps(by_seed, 0.9)
+
+
 TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper_embedding_table,
           "two-tasks": two_tasks_table, "new-task": new_task_table, "budgets": budgets_table,
-          "blocks": blocks_table, "vision": vision_table}
+          "blocks": blocks_table, "vision": vision_table, "sides": sides_table}
 
 
 def core_hours():

@@ -91,11 +91,12 @@ def try_probe():
         print(f"{axis}: {np.mean(values):.3f} of {len(values)} questions")
 
 
-def choose(asked, used, rng):
+def choose(things, used, rng):
     """Four questions about places, as far as there are, and four that the sample would ask."""
+    asked = ask(things)
     rows = asked["across"] + asked["down"]
     places = [rows[i] for i in rng.permutation(len(rows))[:4]]
-    others = [row for row in scenes.choose(asked, used, rng) if row not in rows]
+    others = [row for row in scenes.choose(things, used, rng) if row not in rows]
     return places + others[:4]
 
 

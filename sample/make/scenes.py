@@ -213,12 +213,13 @@ def ask(things):
     }
 
 
-def choose(asked, used, rng):
+def choose(things, used, rng):
     """Twelve of the questions, one of each kind as far as there are.
 
     `used` counts the answers to each question and to each kind so far. The rarest answer is
     preferred, so that in the end all answers to a question are about equally frequent.
     """
+    asked = ask(things)
     # An image gets one question on a relation, because they are the hardest sort.
     relations = [kind for kind in ("across", "down") if asked[kind]]
     relation = pick(rng, relations or ["exist"])
@@ -279,7 +280,7 @@ def write_subset(folder, subset, ids, choose=choose):
     for image_id in ids:
         things, pixels = sample_scene(image_id)
         images.append(pixels)
-        rows = choose(ask(things), used, np.random.default_rng([SEED, image_id, 1]))
+        rows = choose(things, used, np.random.default_rng([SEED, image_id, 1]))
         for number, (kind, question, answer) in enumerate(rows):
             key = 1000 * image_id + number
             questions.append({"image_id": image_id, "question": question, "question_id": key})
