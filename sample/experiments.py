@@ -66,6 +66,10 @@ AT_DEFAULT = "hyperpelt, default"
 FIVE_EPOCHS = "--epochs 5 --eval-every 625"
 # The methods that are also trained on each task alone.
 ALONE = {"hyperpelt": "--method hyperpelt", "adapter": "--method adapter", "full": FULL}
+# Methods of two-tasks that need more than --method.
+OTHER = {"full": FULL, "LoRA": "--method norms --lora 8",
+         "prefix, per-task": "--method prefix --set sharing=per-task"}
+RATES = ("3e-4", "1e-3", "3e-3")
 SIZES = (16, 64, 256)
 FEW = "--max-steps 200 --batch-size 16 --eval-every 200"
 ONLY_Z = "--freeze layer block hypernetworks t5 --lr 1e-2"
@@ -86,7 +90,7 @@ def speed():
 def ladder_tuning():
     """The sample's `rte`: three learning rates for every rung, on the validation examples."""
     for rung in RUNGS:
-        for rate in ("3e-4", "1e-3", "3e-3"):
+        for rate in RATES:
             yield Job("ladder-tuning", rung, "rte", 100, f"--method {rung} --lr {rate} {LADDER}")
 
 
@@ -125,13 +129,19 @@ def two_tasks():
     for method, options in ALONE.items():
         for task, seed in itertools.product(("sst2", "rte"), range(3)):
             yield Job("two-tasks", method, task, seed, f"{options} {FIVE_EPOCHS}")
-    other = {"full": FULL, "LoRA": "--method norms --lora 8",
-             "prefix, per-task": "--method prefix --set sharing=per-task"}
     for method in ("adapter", "norms", "hyperadapter", "hyperprefix", "LoRA", "full", "hypervector",
                    "prefix", "mam", "prefix, per-task"):
-        options = other.get(method, f"--method {method}")
+        options = OTHER.get(method, f"--method {method}")
         for seed in range(3):
             yield Job("two-tasks", method, "rte,sst2", seed, f"{options} {FIVE_EPOCHS}")
+
+
+def rates():
+    """Methods of `two-tasks` at two other learning rates than the default of 1e-3."""
+    methods = ("adapter", "norms", "LoRA", "hyperpelt")
+    for rate, method, seed in itertools.product(("3e-3", "3e-4"), methods, range(3)):
+        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {FIVE_EPOCHS}"
+        yield Job("rates", f"{method}, {rate}", "rte,sst2", seed, options)
 
 
 def new_task():
@@ -196,8 +206,9 @@ def make_sides():
 
 
 EXPERIMENTS = {"speed": speed, "ladder-tuning": ladder_tuning, "ladder": ladder,
-               "hyper-embedding": hyper_embedding, "two-tasks": two_tasks, "new-task": new_task,
-               "budgets": budgets, "blocks": blocks, "vision": vision, "sides": sides}
+               "hyper-embedding": hyper_embedding, "two-tasks": two_tasks, "rates": rates,
+               "new-task": new_task, "budgets": budgets, "blocks": blocks, "vision": vision,
+               "sides": sides}
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -431,6 +442,18 @@ def two_tasks_table():
                *(spread(last_values(run)) for run in runs))
 
 
+def rates_table():
+    yield "method", *RATES
+    found = curves("hyper-embedding") | curves("two-tasks")
+    rows = defaultdict(dict)
+    for (_, label), by_seed in curves("rates").items():
+        method, rate = label.split(", ")
+        rows[method][rate] = spread(last_values(by_seed))
+        rows[method]["1e-3"] = spread(last_values(found["rte,sst2", method]))
+    for method, cells in rows.items():
+        yield f"`{method}`", *(cells.get(rate, "") for rate in RATES)
+
+
 def new_task_table():
     yield "start", *(f"{size} examples" for size in SIZES)
     rows = defaultdict(dict)
@@ -479,8 +502,9 @@ def sides_table():
 
 
 TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper_embedding_table,
-          "two-tasks": two_tasks_table, "new-task": new_task_table, "budgets": budgets_table,
-          "blocks": blocks_table, "vision": vision_table, "sides": sides_table}
+          "two-tasks": two_tasks_table, "rates": rates_table, "new-task": new_task_table,
+          "budgets": budgets_table, "blocks": blocks_table, "vision": vision_table,
+          "sides": sides_table}
 
 
 def core_hours():
