@@ -138,7 +138,7 @@ def two_tasks():
 
 def rates():
     """Methods of `two-tasks` at two other learning rates than the default of 1e-3."""
-    methods = ("adapter", "norms", "LoRA", "hyperpelt")
+    methods = ("adapter", "hyperpelt", "norms", "LoRA")
     for rate, method, seed in itertools.product(("3e-3", "3e-4"), methods, range(3)):
         options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {FIVE_EPOCHS}"
         yield Job("rates", f"{method}, {rate}", "rte,sst2", seed, options)
@@ -421,24 +421,25 @@ def hyper_embedding_table():
 
 
 def two_tasks_table():
-    yield ("method", "mean", "minus hyperpelt", "minus alone", "`rte`", "`rte` alone", "`sst2`",
-           "`sst2` alone")
+    yield ("method", "mean", "minus hyperpelt", "minus alone", "minus adapters alone", "`rte`",
+           "`rte` alone", "`sst2`", "`sst2` alone")
     found = {task: curves("hyper-embedding", task=task) | curves("two-tasks", task=task)
              for task in ("", "rte", "sst2")}
     variants = {row["method"] for row in read_results("hyper-embedding")} - {"hyperpelt"}
     together = {method: by_seed for (tasks, method), by_seed in found[""].items()
                 if tasks == "rte,sst2" and method not in variants}
+    alone = {}
+    for method in ALONE:
+        values = last_values(found["rte"]["rte", method])
+        values = (values + last_values(found["sst2"]["sst2", method])) / 2
+        alone[method] = {seed: {"": value} for seed, value in enumerate(values)}
     for method, by_seed in together.items():
-        minus_alone = ""
-        if ("rte", method) in found["rte"]:
-            values = last_values(found["rte"]["rte", method])
-            values = (values + last_values(found["sst2"]["sst2", method])) / 2
-            alone = {seed: {"": value} for seed, value in zip(by_seed, values, strict=True)}
-            minus_alone = difference(by_seed, alone)
         runs = [found[task].get((tasks, method), {})
                 for task in ("rte", "sst2") for tasks in ("rte,sst2", task)]
         yield (f"`{method}`", spread(last_values(by_seed)),
-               difference(by_seed, together["hyperpelt"]), minus_alone,
+               difference(by_seed, together["hyperpelt"]),
+               difference(by_seed, alone[method]) if method in alone else "",
+               difference(by_seed, alone["adapter"]),
                *(spread(last_values(run)) for run in runs))
 
 
