@@ -139,7 +139,7 @@ def two_tasks():
 def rates():
     """Methods of `two-tasks` at two other learning rates than the default of 1e-3."""
     methods = ("adapter", "hyperpelt", "norms", "LoRA")
-    for rate, method, seed in itertools.product(("3e-3", "3e-4"), methods, range(3)):
+    for method, rate, seed in itertools.product(methods, ("3e-3", "3e-4"), range(3)):
         options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {FIVE_EPOCHS}"
         yield Job("rates", f"{method}, {rate}", "rte,sst2", seed, options)
 
