@@ -26,11 +26,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent / "make"))
 
 import numpy as np
 import torch
 
 import data
+import scenes
 import train
 from hyperpelt import ATTENTION_BLOCKS, VISION, HyperPELT, HyperPELTConfig, count
 from t5 import T5, T5Config
@@ -185,9 +187,10 @@ def vision():
 def sides():
     """On which side a thing is: alone in its scene, or with another on the other side."""
     steps = {"one": "--max-steps 200 --eval-every 25", "two": "--max-steps 1000 --eval-every 250"}
-    for name, mode, seed in itertools.product(steps, VISION, range(3)):
+    modes = {mode: f"--vision {mode}" for mode in VISION} | {"full": f"--vision tokens {FULL}"}
+    for name, mode, seed in itertools.product(steps, modes, range(3)):
         files = (SIDES / name).relative_to(ROOT)
-        settings = f"--vision {mode} {steps[name]} --data-dir {files} --features {files}/features"
+        settings = f"{modes[mode]} {steps[name]} --data-dir {files} --features {files}/features"
         if name == "one" or seed == 0:
             yield Job("sides", f"{mode}, {name}", "vqa", seed, settings)
 
@@ -321,8 +324,18 @@ def read_evaluations(folder):
             is_right = answers[row["question_id"]] == row["multiple_choice_answer"]
             right["all"].append(is_right)
             right[row["question_type"]].append(is_right)
+            if is_choice(row):
+                right["which of two"].append(is_right)
         for question_type, values in right.items():
             yield "best", f"vqa, {question_type}", np.mean(values)
+
+
+def is_choice(annotation):
+    """Whether a question asks in what the two things of a scene differ, as of which colour one
+    is. Who only names what an image holds is right about half of these."""
+    words = annotation["question_type"].split()
+    things, _ = scenes.sample_scene(annotation["image_id"])
+    return words[0] == "what" and len({getattr(thing, words[1]) for thing in things}) > 1
 
 
 def read_results(experiment):
@@ -491,9 +504,10 @@ def vision_table():
         if row["step"] == "best":
             question_type = row["metric"].removeprefix("vqa, ")
             values[row["method"]][question_type].append(float(row["value"]))
-    yield "mode", *next(iter(values.values()))
+    columns = values["both"]
+    yield "mode", *columns
     for mode, by_type in values.items():
-        yield mode, *map(spread, by_type.values())
+        yield mode, *(spread(by_type[question_type]) for question_type in columns)
 
 
 def sides_table():

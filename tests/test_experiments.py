@@ -1,8 +1,10 @@
 """The small-scale experiments: what is run, recorded and printed."""
 
+import json
 import re
 import shlex
 import sys
+from collections import defaultdict
 
 import pytest
 import safetensors.torch
@@ -45,6 +47,21 @@ def test_a_job_is_run_and_recorded_once(tmp_path, monkeypatch, capsys):
         recorded = experiments.read_results("tiny")
         assert sorted(row["seed"] for row in recorded) == ["0", "1"]
         assert all(row["step"] == "2" and row["metric"] == "rte accuracy" for row in recorded)
+
+
+def test_a_question_is_a_choice_where_the_answers_about_a_scene_differ():
+    path = SAMPLE / "vqa" / "v2_mscoco_val2014_annotations.json"
+    answers = defaultdict(set)
+    choices = defaultdict(set)
+    for row in json.loads(path.read_text())["annotations"]:
+        key = row["image_id"], row["question_type"]
+        answers[key].add(row["multiple_choice_answer"])
+        choices[key].add(experiments.is_choice(row))
+    for key, found in answers.items():
+        is_what = key[1].startswith("what")
+        # One question alone does not show whether the other thing has another answer.
+        if is_what and len(found) == 2 or not is_what:
+            assert choices[key] == {is_what}
 
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)

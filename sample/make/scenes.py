@@ -117,8 +117,8 @@ def draw_scene(things, rng):
 def sample_scene(image_id):
     """The Things and the pixels of an image of the sample.
 
-    It shows one or two things of different colours, so that a small T5 can learn to tell them
-    apart.
+    It shows one or two things of different colours. The small T5 learns what they are, not which
+    of the two a question means (RESULTS.md, What an image gives).
     """
     rng = np.random.default_rng([SEED, image_id])
     while True:
