@@ -42,6 +42,7 @@ ROOT = SAMPLE.parent
 RUNS = ROOT / "runs" / "experiments"
 RESULTS = SAMPLE / "results.tsv"
 SIDES = RUNS / "sides-data"
+HELD_OUT = RUNS / "held-out"
 JOB_COLUMNS = ("experiment", "method", "tasks", "seed", "settings")
 
 
@@ -68,14 +69,19 @@ AT_DEFAULT = "hyperpelt, default"
 FIVE_EPOCHS = "--epochs 5 --eval-every 625"
 # The methods that are also trained on each task alone.
 ALONE = {"hyperpelt": "--method hyperpelt", "adapter": "--method adapter", "full": FULL}
-# Methods of two-tasks that need more than --method.
+# Methods of models for several tasks that need more than --method.
 OTHER = {"full": FULL, "LoRA": "--method norms --lora 8",
-         "prefix, per-task": "--method prefix --set sharing=per-task"}
+         "prefix, per-task": "--method prefix --set sharing=per-task",
+         "mam, per-task": "--method mam --set sharing=per-task"}
 RATES = ("3e-4", "1e-3", "3e-3")
 SIZES = (16, 64, 256)
 FEW = "--max-steps 200 --batch-size 16 --eval-every 200"
 ONLY_Z = "--freeze layer block hypernetworks t5 --lr 1e-2"
 LADDER = "--protocol paper --epochs 3 --eval-every 25"
+THREE = "rte,mrpc,stsb"
+THREE_METHODS = ("hyperpelt", "adapter", "norms", "LoRA", "hyperprefix", "hyperadapter", "full",
+                 "hypervector", "prefix", "mam", "prefix, per-task", "mam, per-task")
+THREE_STEPS = "--max-steps 746 --batch-size 16 --eval-every 746"
 
 
 def speed():
@@ -146,6 +152,48 @@ def rates():
         yield Job("rates", f"{method}, {rate}", "rte,sst2", seed, options)
 
 
+def three_tuning():
+    """Three real tasks in one model: three learning rates for every method, on rows of the
+    training files that it does not train on."""
+    held_out = f"--data-dir {HELD_OUT.relative_to(ROOT)}"
+    for method, rate in itertools.product(THREE_METHODS, RATES):
+        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {THREE_STEPS} {held_out}"
+        yield Job("three-tuning", f"{method}, {rate}", THREE, 100, options)
+
+
+def best_rates():
+    """-> {method: the rate of `three-tuning` that ends highest}, of methods with all its rates."""
+    found = curves("three-tuning")
+    best = {}
+    for method in THREE_METHODS:
+        by_rate = {rate: found.get((THREE, f"{method}, {rate}")) for rate in RATES}
+        if all(by_rate.values()):
+            best[method] = max(RATES, key=lambda rate: last_values(by_rate[rate]).item())
+    return best
+
+
+def three_tasks():
+    """The methods at their best rates, on all training rows. Nothing is chosen on the official
+    validation rows."""
+    for (method, rate), seed in itertools.product(best_rates().items(), range(3)):
+        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {THREE_STEPS}"
+        yield Job("three-tasks", method, THREE, seed, options)
+
+
+def make_held_out(data_dir):
+    """The files of `three-tuning`: 400 training rows of each task, drawn at random, become
+    validation rows."""
+    for name in THREE.split(","):
+        source = data.find_folder(data.TASKS[name], data_dir) / "train.tsv"
+        header, *rows = source.read_bytes().splitlines(keepends=True)
+        held_out = set(np.random.default_rng(0).permutation(len(rows))[:400])
+        folder = HELD_OUT / data.TASKS[name].folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, is_dev in (("train.tsv", False), ("dev.tsv", True)):
+            kept = [row for number, row in enumerate(rows) if (number in held_out) == is_dev]
+            (folder / file).write_bytes(header + b"".join(kept))
+
+
 def new_task():
     """`rte` with few examples: from nothing, or from a run of `two-tasks` that has learned
     `sst2`. The same 200 steps for all."""
@@ -208,21 +256,24 @@ def make_sides():
 
 EXPERIMENTS = {"speed": speed, "ladder-tuning": ladder_tuning, "ladder": ladder,
                "hyper-embedding": hyper_embedding, "two-tasks": two_tasks, "rates": rates,
-               "new-task": new_task, "budgets": budgets, "blocks": blocks, "vision": vision,
-               "sides": sides}
+               "three-tuning": three_tuning, "three-tasks": three_tasks, "new-task": new_task,
+               "budgets": budgets, "blocks": blocks, "vision": vision, "sides": sides}
+REAL = {"speed", "three-tuning", "three-tasks"}
 
 
 # ---- running -------------------------------------------------------------------------------------
 
-def run(names, real, workers):
-    """Run the jobs that results.tsv lacks. `real`: options of those on real data."""
+def run(names, model, data_dir, workers):
+    """Run the jobs that results.tsv lacks. Model and data_dir are for those on real data."""
     for name in names:
         done = {tuple(row[column] for column in JOB_COLUMNS) for row in read_results(name)}
         jobs = [job for job in EXPERIMENTS[name]() if tuple(map(str, astuple(job))) not in done]
         print(f"{name}: {len(jobs)} jobs are left", flush=True)
-        options = real if name == "speed" else []
+        options = ["--model", model, "--data-dir", data_dir] if name in REAL else []
         if name == "sides":
             make_sides()
+        if name == "three-tuning":
+            make_held_out(data_dir)
         with ThreadPoolExecutor(workers) as pool:
             failed = sum(pool.map(functools.partial(run_job, options=options), jobs))
         if failed:
@@ -237,7 +288,7 @@ def run_job(job, options):
                          text=True)
     command = [sys.executable, __file__, "train", "--run", folder]
     settings = ["--resume", "--task", job.tasks, "--seed", str(job.seed), "--protocol", "official",
-                *shlex.split(job.settings), *options]
+                *options, *shlex.split(job.settings)]
     # More threads would add up in another order, so that the numbers would differ.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
@@ -466,6 +517,30 @@ def rates_table():
         yield f"`{method}`", *(cells.get(rate, "") for rate in RATES)
 
 
+def three_tuning_table():
+    yield "method", *RATES
+    found = curves("three-tuning")
+    rows = defaultdict(dict)
+    for (_, label), by_seed in found.items():
+        method, _, rate = label.rpartition(", ")
+        rows[method][rate] = spread(last_values(by_seed))
+    for method, cells in rows.items():
+        yield f"`{method}`", *(cells.get(rate, "") for rate in RATES)
+
+
+def three_tasks_table():
+    names = THREE.split(",")
+    columns = itertools.chain(*((f"`{name}`", "minus norms") for name in names))
+    yield "method", "mean", "minus hyperpelt", "minus norms", *columns
+    found = [curves("three-tasks", task=task) for task in ("", *names)]
+    for run, by_seed in found[0].items():
+        cells = [(spread(last_values(values[run])), difference(values[run], values[THREE, "norms"]))
+                 for values in found]
+        (mean, over_norms), *rest = cells
+        yield (f"`{run[1]}`", mean, difference(by_seed, found[0][THREE, "hyperpelt"]), over_norms,
+               *itertools.chain(*rest))
+
+
 def new_task_table():
     yield "start", *(f"{size} examples" for size in SIZES)
     rows = defaultdict(dict)
@@ -515,9 +590,10 @@ def sides_table():
 
 
 TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper_embedding_table,
-          "two-tasks": two_tasks_table, "rates": rates_table, "new-task": new_task_table,
-          "budgets": budgets_table, "blocks": blocks_table, "vision": vision_table,
-          "sides": sides_table}
+          "two-tasks": two_tasks_table, "rates": rates_table,
+          "three-tuning": three_tuning_table, "three-tasks": three_tasks_table,
+          "new-task": new_task_table, "budgets": budgets_table, "blocks": blocks_table,
+          "vision": vision_table, "sides": sides_table}
 
 
 def core_hours():
@@ -566,17 +642,17 @@ def main():
     parser = argparse.ArgumentParser(description="Run experiments, or print their tables.")
     parser.add_argument("command", choices=["run", "print"])
     parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--model", default="", help="of speed: folder of a T5")
-    parser.add_argument("--data-dir", default="", help="of speed: folder of GLUE's files")
+    parser.add_argument("--model", default="", help="of real tasks: folder of a T5")
+    parser.add_argument("--data-dir", default="", help="of real tasks: folder of GLUE's files")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default: 2")
     args = parser.parse_intermixed_args()
     names = args.names or list(EXPERIMENTS)
     if unknown := set(names) - EXPERIMENTS.keys():
         parser.error(f"found {', '.join(unknown)}, expected some of {', '.join(EXPERIMENTS)}")
     if args.command == "run":
-        if "speed" in names and not (args.model and args.data_dir):
-            parser.error("speed needs --model and --data-dir")
-        return run(names, ["--model", args.model, "--data-dir", args.data_dir], args.jobs)
+        if REAL.intersection(names) and not (args.model and args.data_dir):
+            parser.error(f"{', '.join(sorted(REAL))} need --model and --data-dir")
+        return run(names, args.model, args.data_dir, args.jobs)
     page = SAMPLE / "RESULTS.md"
     page.write_text(fill(page.read_text()))
     draw_ladder()

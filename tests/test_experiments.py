@@ -41,7 +41,7 @@ def test_a_job_is_run_and_recorded_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.tsv").write_text(header + "\n")
     for left in (3, 1):
         with pytest.raises(experiments.data.UserError, match="1 jobs failed"):
-            experiments.run(["tiny"], [], 2)
+            experiments.run(["tiny"], "", "", 2)
         printed = capsys.readouterr().out
         assert f"tiny: {left} jobs" in printed and "wrong-0: failed" in printed
         recorded = experiments.read_results("tiny")
