@@ -42,7 +42,6 @@ ROOT = SAMPLE.parent
 RUNS = ROOT / "runs" / "experiments"
 RESULTS = SAMPLE / "results.tsv"
 SIDES = RUNS / "sides-data"
-HELD_OUT = RUNS / "held-out"
 JOB_COLUMNS = ("experiment", "method", "tasks", "seed", "settings")
 
 
@@ -153,12 +152,11 @@ def rates():
 
 
 def three_tuning():
-    """Three real tasks in one model: three learning rates for every method, on rows of the
-    training files that it does not train on."""
-    held_out = f"--data-dir {HELD_OUT.relative_to(ROOT)}"
+    """Three real tasks in one model: three learning rates for every method, on training rows
+    that are held out."""
     for method, rate in itertools.product(THREE_METHODS, RATES):
-        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {THREE_STEPS} {held_out}"
-        yield Job("three-tuning", f"{method}, {rate}", THREE, 100, options)
+        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {THREE_STEPS}"
+        yield Job("three-tuning", f"{method}, {rate}", THREE, 100, f"{options} --held-out 400")
 
 
 def best_rates():
@@ -178,20 +176,6 @@ def three_tasks():
     for (method, rate), seed in itertools.product(best_rates().items(), range(3)):
         options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {THREE_STEPS}"
         yield Job("three-tasks", method, THREE, seed, options)
-
-
-def make_held_out(data_dir):
-    """The files of `three-tuning`: 400 training rows of each task, drawn at random, become
-    validation rows."""
-    for name in THREE.split(","):
-        source = data.find_folder(data.TASKS[name], data_dir) / "train.tsv"
-        header, *rows = source.read_bytes().splitlines(keepends=True)
-        held_out = set(np.random.default_rng(0).permutation(len(rows))[:400])
-        folder = HELD_OUT / data.TASKS[name].folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, is_dev in (("train.tsv", False), ("dev.tsv", True)):
-            kept = [row for number, row in enumerate(rows) if (number in held_out) == is_dev]
-            (folder / file).write_bytes(header + b"".join(kept))
 
 
 def new_task():
@@ -272,8 +256,6 @@ def run(names, model, data_dir, workers):
         options = ["--model", model, "--data-dir", data_dir] if name in REAL else []
         if name == "sides":
             make_sides()
-        if name == "three-tuning":
-            make_held_out(data_dir)
         with ThreadPoolExecutor(workers) as pool:
             failed = sum(pool.map(functools.partial(run_job, options=options), jobs))
         if failed:
@@ -311,13 +293,15 @@ def run_job(job, options):
 
 
 def train_changed(arguments):
-    """train.py with three more options: parts of the model that are 0, parts that stay as they
-    are, and LoRA of a rank on q and v, by peft."""
+    """train.py with four more options: parts of the model that are 0, parts that stay as they
+    are, LoRA of a rank on q and v, by peft, and a number of each task's training rows that are
+    held out and become its validation rows."""
     parser = argparse.ArgumentParser(add_help=False)
     parts = ("task", "layer", "block", "hypernetworks", "t5")
     parser.add_argument("--zero", nargs="+", default=[], choices=parts[:3])
     parser.add_argument("--freeze", nargs="+", default=[], choices=parts)
     parser.add_argument("--lora", type=int)
+    parser.add_argument("--held-out", type=int)
     changes, sys.argv[1:] = parser.parse_known_args(arguments)
 
     class Changed(HyperPELT):
@@ -333,7 +317,15 @@ def train_changed(arguments):
                     # Without a gradient, AdamW moves nothing. The checkpoint still holds it.
                     parameter.register_hook(torch.zeros_like)
 
+    read_splits = data.make_splits
+
+    def hold_out(*args):
+        rows = data.permutation(read_splits(*args)["train"])
+        return {"train": rows[changes.held_out:], "validation": rows[:changes.held_out]}
+
     train.HyperPELT = Changed
+    if changes.held_out:
+        data.make_splits = hold_out
     train.main()
 
 

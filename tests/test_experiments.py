@@ -125,7 +125,7 @@ def test_differences_are_paired():
     "arguments, message",
     [
         (["run", "slow"], "found slow, expected some of speed"),
-        (["run", "--jobs", "1", "speed"], "speed needs --model and --data-dir"),
+        (["run", "--jobs", "1", "speed"], "speed, three-tasks, three-tuning need --model and"),
     ],
 )
 def test_a_mistake_is_a_short_error(arguments, message):
