@@ -1,5 +1,6 @@
 """The small-scale experiments: what is run, recorded and printed."""
 
+import functools
 import json
 import re
 import shlex
@@ -69,7 +70,7 @@ def test_train_takes_the_settings_of_every_job(name):
     parser = experiments.train.make_parser()
     jobs = list(experiments.EXPERIMENTS[name]())
     for job in jobs:
-        settings = re.sub("--(zero|freeze|lora) [a-z0-9 ]+", "", job.settings)
+        settings = re.sub("--(zero|freeze|lora|held-out) [a-z0-9 ]+", "", job.settings)
         args = parser.parse_args(["--task", job.tasks, *shlex.split(settings)])
         experiments.train.make_config(args)
         experiments.data.find_tasks(job.tasks)
@@ -106,6 +107,44 @@ def test_lora_is_trained_beside_the_norms(tmp_path):
     assert len(norms) > 10
     assert len(lora) == 2 * len(attentions) and len(trained) == 4 * len(attentions) + len(norms)
     assert all(trained[name].any() and trained[name].dtype == torch.float32 for name in lora)
+
+
+def test_held_out_rows_are_training_rows_that_are_not_trained_on(monkeypatch):
+    data, train = experiments.data, experiments.train
+    read = functools.partial(data.make_splits, data.TASKS["rte"], SAMPLE, "official")
+    rows = [example.source for example in read()["train"]]
+    found = {}
+
+    def read_in_the_run():
+        found.update(data.make_splits(data.TASKS["rte"], SAMPLE, "official"))
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(train, "HyperPELT", train.HyperPELT)
+    monkeypatch.setattr(data, "make_splits", data.make_splits)
+    monkeypatch.setattr(train, "main", read_in_the_run)
+    experiments.train_changed(["--held-out", "100"])
+    assert len(found["validation"]) == 100 and found.keys() == {"train", "validation"}
+    kept = [example.source for examples in found.values() for example in examples]
+    assert sorted(kept) == sorted(rows)
+
+
+def test_the_best_rate_is_that_of_a_method_with_all_rates(tmp_path, monkeypatch):
+    lines = [experiments.RESULTS.read_text().splitlines()[0]]
+    # The mean over the tasks is highest at 1e-3, that over the five metrics at 3e-3.
+    values = {"3e-4": (0.5, 0.9, 0.3, 0.5, 0.5), "1e-3": (0.6, 0.7, 0.5, 0.5, 0.5)}
+    values["3e-3"] = (0.2, 0.9, 0.9, 0.5, 0.5)
+    names = ("rte accuracy", "mrpc accuracy", "mrpc f1", "stsb pearson", "stsb spearman")
+    jobs = [("hyperpelt", rate) for rate in values] + [("adapter", "3e-4"), ("adapter", "1e-3")]
+    for method, rate in jobs:
+        start = f"three-tuning\t{method}, {rate}\trte,mrpc,stsb\t100\t--lr {rate}\t746"
+        for name, value in zip(names, values[rate], strict=True):
+            lines.append(f"{start}\t{name}\t{value}\t1\tabc")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.tsv")
+    (tmp_path / "results.tsv").write_text("\n".join(lines))
+    assert experiments.best_rates() == {"hyperpelt": "1e-3"}
+    jobs = list(experiments.three_tasks())
+    assert [job.seed for job in jobs] == [0, 1, 2]
+    assert all("--lr 1e-3" in job.settings for job in jobs)
 
 
 def test_differences_are_paired():
