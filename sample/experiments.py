@@ -73,6 +73,11 @@ OTHER = {"full": FULL, "LoRA": "--method norms --lora 8",
          "prefix, per-task": "--method prefix --set sharing=per-task",
          "mam, per-task": "--method mam --set sharing=per-task"}
 RATES = ("3e-4", "1e-3", "3e-3")
+# Ways to let an image in. Where visual prefixes bypass W_K and W_V, as in prior code, the name says
+# so.
+WAYS = {mode: f"--vision {mode}" for mode in VISION}
+WAYS |= {f"{mode} (bypass)": f"--vision {mode} --set visual_maps=false"
+         for mode in ("both", "prefix")}
 SIZES = (16, 64, 256)
 FEW = "--max-steps 200 --batch-size 16 --eval-every 200"
 ONLY_Z = "--freeze layer block hypernetworks t5 --lr 1e-2"
@@ -211,18 +216,19 @@ def blocks():
 
 def vision():
     """What an image gives: the sample's questions, by their type. One seed of the control."""
-    for seed, mode in itertools.product(range(3), (*VISION, "shuffled")):
-        if seed == 0 or mode != "shuffled":
-            yield Job("vision", mode, "vqa", seed, f"--vision {mode} --eval-every 10000")
+    ways = WAYS | {"shuffled": "--vision shuffled"}
+    for seed, (way, options) in itertools.product(range(3), ways.items()):
+        if seed == 0 or way != "shuffled":
+            yield Job("vision", way, "vqa", seed, f"{options} --eval-every 10000")
 
 
 def sides():
     """On which side a thing is: alone in its scene, or with another on the other side."""
     steps = {"one": "--max-steps 200 --eval-every 25", "two": "--max-steps 1000 --eval-every 250"}
-    for name, seed, mode in itertools.product(steps, range(3), VISION):
+    for name, seed, (way, options) in itertools.product(steps, range(3), WAYS.items()):
         files = (SIDES / name).relative_to(ROOT)
-        settings = f"--vision {mode} {steps[name]} --data-dir {files} --features {files}/features"
-        yield Job("sides", f"{mode}, {name}", "vqa", seed, settings)
+        settings = f"{options} {steps[name]} --data-dir {files} --features {files}/features"
+        yield Job("sides", f"{way}, {name}", "vqa", seed, settings)
 
 
 def make_sides():

@@ -81,13 +81,30 @@ def hyper_embedding(p, side, z, site):
     return hyper
 
 
+def through_maps(p, site, rows):
+    """Eq. (9): P_k^v, P_v^v -> norm(P_k^v) W_K, norm(P_v^v) W_V."""
+    block, layer = site
+    place = f"t5.{block.split()[0]}.blocks.{layer}"
+    norm, attention = f"{place}.self_norm", f"{place}.self_attention"
+    if block == DECODER_CROSS:
+        norm, attention = "t5.encoder.norm", f"{place}.cross_attention"
+    passed = []
+    for x, part in zip(rows, "kv", strict=True):
+        u = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p[f"{norm}.weight"]
+        passed.append(u @ p[f"{attention}.{part}.weight"].T)
+    return passed
+
+
 def generated(p, side, z, site):
     """Eq. (2) -> P_k, P_v [B, H, N, K]; eq. (4) -> W_down, b_down, W_up, b_up, lambda."""
     hyper = hyper_embedding(p, side, z, site)
     if site[0] not in FFN_BLOCKS:
-        keys = linear(p, f"{side}.to_key", hyper).reshape(-1, 5, 2, 8)
-        values = linear(p, f"{side}.to_value", hyper).reshape(-1, 5, 2, 8)
-        return keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+        both = [linear(p, f"{side}.to_{part}", hyper) for part in ("key", "value")]
+        # In the vector form, the numbers of all 5 rows come from a single one.
+        rows = [x.reshape(len(x), 5, -1) for x in both]
+        if rows[0].shape[2] == TINY.d_model:
+            rows = through_maps(p, site, rows)
+        return [x.reshape(-1, 5, 2, 8).transpose(0, 2, 1, 3) for x in rows]
     mean = hyper.mean(1)
     down = linear(p, f"{side}.to_down", mean).reshape(-1, 24, 4)
     up = linear(p, f"{side}.to_up", mean).reshape(-1, 4, 24)
@@ -104,6 +121,7 @@ def generated(p, side, z, site):
         {},
         VECTOR,
         dict(hyper_norm=False),
+        dict(visual_maps=False),
         dict(method="hypervector"),
     ],
 )
@@ -192,6 +210,7 @@ def check_ffn(t5, name, seen, given):
         ("hyperpelt", dict(prefix_blocks=(DECODER_CROSS,))),
         ("hyperpelt", {**IMAGES, **VECTOR}),
         ("hyperpelt", dict(**IMAGES, vision="prefix")),
+        ("hyperpelt", dict(**IMAGES, visual_maps=False)),
         ("hyperpelt", dict(**IMAGES, vision="adapter")),
     ],
 )
