@@ -30,9 +30,8 @@ The visual side has hypernetworks h_P^v and h_A^v of its own [P], again (2) and 
          [P; R: linear, row by row; C: G is normalised before]
     (8)  I^v = (1) of z_v, with weights of its own         hyper-embedding of an image at a site
          [P; R: own weights; C: the same l_i and b_j]
-    (9)  K' = [P_k ; norm(P_k^v) W_K ; s W_K]              the image's prefix after the task's;
-         V' = [P_v ; norm(P_v^v) W_V ; s W_V]              norm is the T5's before that attention
-         [P; C: the order, and that it passes norm, W_K and W_V, which can be left out]
+    (9)  K' = [P_k ; P_k^v ; s W_K],  V' likewise          the image's prefix after the task's
+         [P; X (MAM): it bypasses W_K and W_V, which visual_maps changes; C: the order]
     (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)    the image's adapter beside the task's
          [P; R: lambda_v]
 The baselines train weights of the same shapes directly, adapters as they are, prefixes by
@@ -111,9 +110,9 @@ class HyperPELTConfig:
     vision: str = "both"            # a key of VISION
     visual_width: int = 0           # V; 0: no images. CLIP's ResNet-101 has 2048 [R]
     visual_norm: bool = True        # normalise features, because encoders differ in scale [C]
-    # Visual prefixes pass the T5's norm, W_K and W_V, as tokens do [C]. Where they bypass them
-    # [X: MAM], no run found which of two things a question means (sample/RESULTS.md).
-    visual_maps: bool = True
+    # True: in eq. (9), norm(P_k^v) W_K stands for P_k^v, and norm(P_v^v) W_V for P_v^v, as if rows
+    # were tokens of the T5 [C]. Only so a run found what a question means (sample/RESULTS.md).
+    visual_maps: bool = False
 
     def __post_init__(self):
         choices = {"method": METHODS, "vision": VISION, "sharing": SHARING}
@@ -136,15 +135,15 @@ class Hypernetworks(nn.Module):
     """One side of the method: the projector, h_P and h_A (paper: section 4).
 
     The task side and the visual side are two instances. All sites share the weights of a side.
-    heads are the number and the width of the parts that a row of a prefix is split into.
+    With maps, a row of a prefix is as wide as a token and not yet split into heads.
     """
 
-    def __init__(self, config, t5_config, attentions, ffns, heads):
+    def __init__(self, config, t5_config, attentions, ffns, maps=False):
         super().__init__()
         Z, Q, E = config.embedding_dim, config.projector_dim, config.hyper_dim
         N, r, D = config.prefix_length, config.bottleneck, t5_config.d_model
         self.attentions, self.ffns = attentions, ffns
-        self.head_shape = (N, *heads)
+        self.head_shape = (N, 1, D) if maps else (N, t5_config.num_heads, t5_config.d_kv)
         self.down_shape, self.up_shape = (D, r), (r, D)
 
         # A layer has one number in both stacks: the decoder's layers follow the encoder's [C].
@@ -164,7 +163,7 @@ class Hypernetworks(nn.Module):
         if attentions:
             # In the vector form, a single I writes all N rows of a prefix at once.
             rows = 1 if config.per_position else N
-            width = rows * math.prod(heads)
+            width = rows * math.prod(self.head_shape[1:])
             self.to_key, self.to_value = nn.Linear(E, width), nn.Linear(E, width)
         if ffns:
             self.to_down, self.to_down_bias = nn.Linear(E, r * D), nn.Linear(E, r)
@@ -294,8 +293,7 @@ class HyperPELT(nn.Module):
             self.task = nn.ParameterDict({task: embeddings(config, rows) for task in tasks})
             self.layer = embeddings(config, layers, rows)                       # l [L, N, Z]
             self.block = embeddings(config, len(BLOCK_TYPES), rows)             # b [5, N, Z]
-            heads = t5.config.num_heads, t5.config.d_kv
-            self.hypernetworks = Hypernetworks(config, t5.config, attentions, ffns, heads)
+            self.hypernetworks = Hypernetworks(config, t5.config, attentions, ffns)
         elif source:
             sharing = source if config.sharing == "default" else config.sharing
             owners = self.tasks if sharing == "per-task" else ["all"]
@@ -306,19 +304,16 @@ class HyperPELT(nn.Module):
 
     def add_visual_side(self, source, attentions, ffns):
         """What lets images in: hypernetworks of their own, or tokens before the text."""
-        config, t5_config = self.config, self.t5.config
+        config = self.config
         visual_prefix, visual_adapter, tokens = VISION[config.vision]
         attentions = attentions if visual_prefix else []
         ffns = ffns if visual_adapter else []
         if tokens:
-            self.image_tokens = nn.Linear(config.visual_width, t5_config.d_model)
+            self.image_tokens = nn.Linear(config.visual_width, self.t5.config.d_model)
         elif source == "hypernetworks" and attentions + ffns:
             self.visual_embedding = nn.Linear(config.visual_width, config.embedding_dim)
-            heads = t5_config.num_heads, t5_config.d_kv
-            if config.visual_maps:
-                # W_K and W_V take whole rows and make the heads.
-                heads = 1, t5_config.d_model
-            self.visual_hypernetworks = Hypernetworks(config, t5_config, attentions, ffns, heads)
+            self.visual_hypernetworks = Hypernetworks(config, self.t5.config, attentions, ffns,
+                                                      config.visual_maps)
         else:
             raise ValueError(f"method {config.method} with vision {config.vision} lets no image in;"
                              " every method does with vision tokens")
@@ -389,8 +384,8 @@ class HyperPELT(nn.Module):
             norm, attention = self.t5.encoder.norm, layer.cross_attention
         else:
             norm, attention = layer.self_norm, layer.self_attention
-        keys = attention.split(attention.k(norm(keys.squeeze(1))))          # eq. (9): K'
-        values = attention.split(attention.v(norm(values.squeeze(1))))      # eq. (9): V'
+        keys = attention.split(attention.k(norm(keys.squeeze(1))))
+        values = attention.split(attention.v(norm(values.squeeze(1))))
         return keys, values
 
     def inject(self, weights, features=None):

@@ -110,8 +110,7 @@ def small_side(hyperpelt, **switches):
         prefix_length=4, embedding_dim=6, hyper_dim=5, projector_dim=7, bottleneck=3, **switches)
     attentions = hyperpelt.list_sites(sizes, hyperpelt.ATTENTION_BLOCKS)
     ffns = hyperpelt.list_sites(sizes, hyperpelt.FFN_BLOCKS)
-    heads = sizes.num_heads, sizes.d_kv
-    side = hyperpelt.Hypernetworks(config, sizes, attentions, ffns, heads)
+    side = hyperpelt.Hypernetworks(config, sizes, attentions, ffns)
     for parameter in side.parameters():
         parameter.data.normal_()
     return side

@@ -73,11 +73,9 @@ OTHER = {"full": FULL, "LoRA": "--method norms --lora 8",
          "prefix, per-task": "--method prefix --set sharing=per-task",
          "mam, per-task": "--method mam --set sharing=per-task"}
 RATES = ("3e-4", "1e-3", "3e-3")
-# Ways to let an image in. Where visual prefixes bypass W_K and W_V, as in prior code, the name says
-# so.
+# Ways to let an image in.
 WAYS = {mode: f"--vision {mode}" for mode in VISION}
-WAYS |= {f"{mode} (bypass)": f"--vision {mode} --set visual_maps=false"
-         for mode in ("both", "prefix")}
+WAYS |= {f"{mode} (maps)": f"--vision {mode} --set visual_maps=true" for mode in ("both", "prefix")}
 SIZES = (16, 64, 256)
 FEW = "--max-steps 200 --batch-size 16 --eval-every 200"
 ONLY_Z = "--freeze layer block hypernetworks t5 --lr 1e-2"

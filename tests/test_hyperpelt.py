@@ -82,7 +82,7 @@ def hyper_embedding(p, side, z, site):
 
 
 def through_maps(p, site, rows):
-    """Eq. (9): P_k^v, P_v^v -> norm(P_k^v) W_K, norm(P_v^v) W_V."""
+    """visual_maps: P_k^v, P_v^v -> norm(P_k^v) W_K, norm(P_v^v) W_V."""
     block, layer = site
     place = f"t5.{block.split()[0]}.blocks.{layer}"
     norm, attention = f"{place}.self_norm", f"{place}.self_attention"
@@ -121,7 +121,8 @@ def generated(p, side, z, site):
         {},
         VECTOR,
         dict(hyper_norm=False),
-        dict(visual_maps=False),
+        dict(visual_maps=True),
+        dict(visual_maps=True, **VECTOR),
         dict(method="hypervector"),
     ],
 )
@@ -210,7 +211,7 @@ def check_ffn(t5, name, seen, given):
         ("hyperpelt", dict(prefix_blocks=(DECODER_CROSS,))),
         ("hyperpelt", {**IMAGES, **VECTOR}),
         ("hyperpelt", dict(**IMAGES, vision="prefix")),
-        ("hyperpelt", dict(**IMAGES, visual_maps=False)),
+        ("hyperpelt", dict(**IMAGES, visual_maps=True)),
         ("hyperpelt", dict(**IMAGES, vision="adapter")),
     ],
 )
