@@ -238,9 +238,9 @@ def test_every_site_equals_the_equations(method, changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("beams", [1, 3])
-def test_an_image_batch_generates_what_each_example_generates_alone(beams):
-    model = make_model(**IMAGES)
+@pytest.mark.parametrize("beams, maps", [(1, False), (3, False), (3, True)])
+def test_an_image_batch_generates_what_each_example_generates_alone(beams, maps):
+    model = make_model(visual_maps=maps, **IMAGES)
     weights = model.generate_weights("rte")
     together = model.t5.generate(IDS, MASK, 7, beams, **model.inject(weights, FEATURES))
     for i in range(3):
@@ -268,10 +268,11 @@ def test_a_text_batch_needs_no_visual_side_and_another_grid_is_refused():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("vision", ["both", "tokens"])
-def test_bfloat16_holds_what_is_frozen_only(vision):
-    model = make_model(dtype=torch.bfloat16, vision=vision, **IMAGES)
-    exact = make_model(vision=vision, **IMAGES)
+@pytest.mark.parametrize("vision, maps", [("both", False), ("both", True), ("tokens", False)])
+def test_bfloat16_holds_what_is_frozen_only(vision, maps):
+    changes = dict(vision=vision, visual_maps=maps, **IMAGES)
+    model = make_model(dtype=torch.bfloat16, **changes)
+    exact = make_model(**changes)
     exact.load_state_dict(model.state_dict())
     for parameter in model.parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
