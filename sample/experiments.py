@@ -526,16 +526,19 @@ def three_tuning_table():
 
 
 def three_tasks_table():
-    names = THREE.split(",")
-    columns = itertools.chain(*((f"`{name}`", "minus norms") for name in names))
-    yield "method", "mean", "minus hyperpelt", "minus norms", *columns
-    found = [curves("three-tasks", task=task) for task in ("", *names)]
-    for run, by_seed in found[0].items():
-        cells = [(spread(last_values(values[run])), difference(values[run], values[THREE, "norms"]))
-                 for values in found]
-        (mean, over_norms), *rest = cells
-        yield (f"`{run[1]}`", mean, difference(by_seed, found[0][THREE, "hyperpelt"]), over_norms,
-               *itertools.chain(*rest))
+    found = {task: curves("three-tasks", task=task) for task in ("", *THREE.split(","))}
+    others = [method for method in ("hyperpelt", "norms") if (THREE, method) in found[""]]
+    columns = [(f"`{task}`" if task else "mean", *(f"minus {method}" for method in others))
+               for task in found]
+    yield "method", "rate", *itertools.chain(*columns)
+    settings = {row["method"]: row["settings"] for row in read_results("three-tasks")}
+    for run in found[""]:
+        cells = []
+        for values in found.values():
+            cells.append(spread(last_values(values[run])))
+            cells += [difference(values[run], values[THREE, method]) for method in others]
+        # The settings of full have its usual rate before the chosen one.
+        yield f"`{run[1]}`", re.findall(r"--lr (\S+)", settings[run[1]])[-1], *cells
 
 
 def new_task_table():
