@@ -111,7 +111,7 @@ class HyperPELTConfig:
     visual_width: int = 0           # V; 0: no images. CLIP's ResNet-101 has 2048 [R]
     visual_norm: bool = True        # normalise features, because encoders differ in scale [C]
     # True: in eq. (9), norm(P_k^v) W_K stands for P_k^v, and norm(P_v^v) W_V for P_v^v, as if rows
-    # were tokens of the T5 [C]. Only so a run found what a question means (sample/RESULTS.md).
+    # were tokens of the T5 [C]. It can learn more from images (sample/RESULTS.md).
     visual_maps: bool = False
 
     def __post_init__(self):
