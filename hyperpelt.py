@@ -31,7 +31,7 @@ The visual side has hypernetworks h_P^v and h_A^v of its own [P], again (2) and 
     (8)  I^v = (1) of z_v, with weights of its own         hyper-embedding of an image at a site
          [P; R: own weights; C: the same l_i and b_j]
     (9)  K' = [P_k ; P_k^v ; s W_K],  V' likewise          the image's prefix after the task's
-         [P; X (MAM): it bypasses W_K and W_V, which visual_maps changes; C: the order]
+         [P; X (MAM): it bypasses W_K and W_V, unless visual_maps is on; C: the order]
     (10) y = x + FFN(u) + lambda A(u) + lambda_v A^v(u)    the image's adapter beside the task's
          [P; R: lambda_v]
 The baselines train weights of the same shapes directly, adapters as they are, prefixes by

@@ -73,7 +73,7 @@ OTHER = {"full": FULL, "LoRA": "--method norms --lora 8",
          "prefix, per-task": "--method prefix --set sharing=per-task",
          "mam, per-task": "--method mam --set sharing=per-task"}
 RATES = ("3e-4", "1e-3", "3e-3")
-# Ways to let an image in.
+# Ways to let an image in, {label in the tables: options}. Those with maps set visual_maps.
 WAYS = {mode: f"--vision {mode}" for mode in VISION}
 WAYS |= {f"{mode} (maps)": f"--vision {mode} --set visual_maps=true" for mode in ("both", "prefix")}
 SIZES = (16, 64, 256)
@@ -84,6 +84,11 @@ THREE = "rte,mrpc,stsb"
 THREE_METHODS = ("hyperpelt", "adapter", "norms", "LoRA", "hyperprefix", "hyperadapter", "full",
                  "hypervector", "prefix", "mam", "prefix, per-task", "mam, per-task")
 THREE_STEPS = "--max-steps 746 --batch-size 16 --eval-every 746"
+
+
+def options_of(method):
+    """-> options of train.py for a method of a model for several tasks."""
+    return OTHER.get(method, f"--method {method}")
 
 
 def speed():
@@ -141,7 +146,7 @@ def two_tasks():
             yield Job("two-tasks", method, task, seed, f"{options} {FIVE_EPOCHS}")
     for method in ("adapter", "norms", "hyperadapter", "hyperprefix", "LoRA", "full", "hypervector",
                    "prefix", "mam", "prefix, per-task"):
-        options = OTHER.get(method, f"--method {method}")
+        options = options_of(method)
         for seed in range(3):
             yield Job("two-tasks", method, "rte,sst2", seed, f"{options} {FIVE_EPOCHS}")
 
@@ -150,7 +155,7 @@ def rates():
     """Methods of `two-tasks` at two other learning rates than the default of 1e-3."""
     methods = ("adapter", "hyperpelt", "norms", "LoRA")
     for method, rate, seed in itertools.product(methods, ("3e-3", "3e-4"), range(3)):
-        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {FIVE_EPOCHS}"
+        options = f"{options_of(method)} --lr {rate} {FIVE_EPOCHS}"
         yield Job("rates", f"{method}, {rate}", "rte,sst2", seed, options)
 
 
@@ -158,7 +163,7 @@ def three_tuning():
     """Three real tasks in one model: three learning rates for every method, on training rows
     that are held out."""
     for method, rate in itertools.product(THREE_METHODS, RATES):
-        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {THREE_STEPS}"
+        options = f"{options_of(method)} --lr {rate} {THREE_STEPS}"
         yield Job("three-tuning", f"{method}, {rate}", THREE, 100, f"{options} --held-out 400")
 
 
@@ -174,10 +179,10 @@ def best_rates():
 
 
 def three_tasks():
-    """The methods at their best rates, on all training rows. Nothing is chosen on the official
-    validation rows."""
+    """The methods at their best rates, on all training rows. Nothing is chosen on the validation
+    rows."""
     for (method, rate), seed in itertools.product(best_rates().items(), range(3)):
-        options = f"{OTHER.get(method, f'--method {method}')} --lr {rate} {THREE_STEPS}"
+        options = f"{options_of(method)} --lr {rate} {THREE_STEPS}"
         yield Job("three-tasks", method, THREE, seed, options)
 
 
@@ -213,8 +218,8 @@ def blocks():
 
 
 def vision():
-    """What an image gives: the sample's questions, by their type. One seed of what is not a mode
-    of its own."""
+    """What an image gives: the sample's questions, by their type. Three seeds of each mode, one of
+    the control and of the modes with maps."""
     ways = WAYS | {"shuffled": "--vision shuffled"}
     for seed, (way, options) in itertools.product(range(3), ways.items()):
         if seed == 0 or way in VISION:
@@ -502,27 +507,29 @@ def two_tasks_table():
                *(spread(last_values(run)) for run in runs))
 
 
-def rates_table():
+def rate_rows(cells):
+    """{(method, rate): cell} -> rows of a table with a column for each rate."""
     yield "method", *RATES
+    for method in dict.fromkeys(method for method, _ in cells):
+        yield f"`{method}`", *(cells.get((method, rate), "") for rate in RATES)
+
+
+def rates_table():
     found = curves("hyper-embedding") | curves("two-tasks")
-    rows = defaultdict(dict)
+    cells = {}
     for (_, label), by_seed in curves("rates").items():
         method, rate = label.split(", ")
-        rows[method][rate] = spread(last_values(by_seed))
-        rows[method]["1e-3"] = spread(last_values(found["rte,sst2", method]))
-    for method, cells in rows.items():
-        yield f"`{method}`", *(cells.get(rate, "") for rate in RATES)
+        cells[method, rate] = spread(last_values(by_seed))
+        cells[method, "1e-3"] = spread(last_values(found["rte,sst2", method]))
+    return rate_rows(cells)
 
 
 def three_tuning_table():
-    yield "method", *RATES
-    found = curves("three-tuning")
-    rows = defaultdict(dict)
-    for (_, label), by_seed in found.items():
-        method, _, rate = label.rpartition(", ")
-        rows[method][rate] = spread(last_values(by_seed))
-    for method, cells in rows.items():
-        yield f"`{method}`", *(cells.get(rate, "") for rate in RATES)
+    cells = {}
+    for (_, label), by_seed in curves("three-tuning").items():
+        method, rate = label.rsplit(", ", 1)
+        cells[method, rate] = spread(last_values(by_seed))
+    return rate_rows(cells)
 
 
 def three_tasks_table():
