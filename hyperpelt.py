@@ -98,7 +98,7 @@ class HyperPELTConfig:
     reparam_dim: int = 512          # hidden width of eq. (11) [X]
     per_position: bool = True       # embeddings have N rows [R]; False: one row [X: HyperFormer]
     # Layer norm on I [X: HyperFormer; C: on]. Without it, I grew ninefold in the first 20 steps of
-    # a run (sample/RESULTS.md).
+    # a run (sample/EARLIER.md).
     hyper_norm: bool = True
     prefix_blocks: tuple = ATTENTION_BLOCKS     # which attentions receive a prefix [X: MAM]
     # lambda and lambda_v at the start, each one number for all sites [C]. A step of Adam moves a

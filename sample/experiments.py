@@ -14,11 +14,13 @@ import functools
 import itertools
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -294,12 +296,25 @@ def run_job(job, options):
         print(f"{folder}: failed, see {folder}.log", flush=True)
         return True
 
-    rows = [[*astuple(job), step, metric, f"{value:.4f}", seconds, git.stdout.strip()]
+    commit = git.stdout.strip()
+    rows = [[*astuple(job), step, metric, f"{value:.4f}", seconds, commit, machine(folder)]
             for step, metric, value in read_evaluations(folder)]
     with open(RESULTS, "a", newline="") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
     print(f"{folder}: {seconds} s", flush=True)
     return False
+
+
+def machine(folder):
+    """-> the processor, and the precision of a run's frozen weights."""
+    name = platform.processor()
+    cpu = Path("/proc/cpuinfo")
+    if train.DEVICE == "cuda":
+        name = torch.cuda.get_device_name()
+    elif cpu.exists():
+        name = re.search("model name.*: (.*)", cpu.read_text())[1]
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    return f"{name}, {settings['dtype']}"
 
 
 def train_changed(arguments):
@@ -442,11 +457,9 @@ def each(by_seed):
 
 def difference(by_seed, others):
     """-> mean difference of the last values of the same seeds, and its standard error, in
-    percent. Empty for a run and itself."""
-    if by_seed is others:
+    percent. Empty for a run and itself, and while seeds are missing."""
+    if by_seed is others or by_seed.keys() != others.keys():
         return ""
-    if by_seed.keys() != others.keys():
-        raise data.UserError(f"{RESULTS}: found seeds {[*by_seed]}, expected {[*others]}")
     paired = 100 * (last_values(by_seed) - last_values(others))
     return f"{paired.mean():+.1f} ± {np.std(paired, ddof=1) / len(paired) ** 0.5:.1f}"
 
@@ -603,23 +616,38 @@ TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper
           "vision": vision_table, "sides": sides_table}
 
 
-def core_hours():
+def core_hours(names):
     """-> hours of all jobs. Each of a job's lines has the same seconds."""
-    jobs = {tuple(row[column] for column in (*JOB_COLUMNS, "seconds"))
-            for name in EXPERIMENTS for row in read_results(name)}
-    return sum(int(job[-1]) for job in jobs) / 3600
+    return sum(int(row["seconds"]) for name in names for row in jobs_of(name)) / 3600
+
+
+def jobs_of(name):
+    """-> for each job of an experiment, one of its lines."""
+    rows = read_results(name)
+    return {tuple(row[column] for column in JOB_COLUMNS): row for row in rows}.values()
+
+
+def origin(name):
+    """-> what an experiment took, on which machines and at which commits."""
+    commits = defaultdict(list)
+    for row in jobs_of(name):
+        commits[row["machine"]].append(row["commit"])
+    parts = [f"jobs on {place}: {len(found)} (commit {', '.join(dict.fromkeys(found))})"
+             for place, found in commits.items()]
+    return textwrap.fill(f"{core_hours([name]):.1f} core-hours; {'; '.join(parts)}.", 100)
 
 
 def fill(page):
-    """A page with its core-hours, and its tables between <!-- NAME --> and <!-- end -->, anew."""
-    page = re.sub(r"took \S+(\s+core-hours)", rf"took {core_hours():.1f}\1", page)
+    """A page with its core-hours, and its tables between <!-- NAME --> and <!-- end -->, anew.
+    Below each table is where its numbers come from."""
+    page = re.sub(r"took \S+(\s+core-hours)", rf"took {core_hours(EXPERIMENTS):.1f}\1", page)
     for name in re.findall("<!-- (.*) -->\n", page):
         if name in TABLES:
             header, *rows = TABLES[name]()
             lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
             between = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
             table = "\n".join(lines)
-            page = between.sub(rf"\1\n{table}\n\n\2", page)
+            page = between.sub(rf"\1\n{table}\n\n{origin(name)}\n\n\2", page)
     return page
 
 

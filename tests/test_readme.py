@@ -87,7 +87,7 @@ def test_the_worked_example():
     assert "= 2.5 " in PAGES["README.md"] and "0.5 * -2 + 0.5 * 4 = 1\n" in PAGES["README.md"]
 
 
-@pytest.mark.parametrize("page", ["sample/RESULTS.md", "tests/README.md"])
+@pytest.mark.parametrize("page", ["sample/RESULTS.md", "sample/EARLIER.md", "tests/README.md"])
 def test_a_section_with_numbers_in_a_table_names_a_command(page):
     """Tables between <!-- NAME --> and <!-- end --> come from results.tsv: test_experiments.py."""
     for section in PAGES[page].split("\n## ")[1:]:
