@@ -546,19 +546,16 @@ def three_tuning_table():
 
 
 def three_tasks_table():
-    found = {task: curves("three-tasks", task=task) for task in ("", *THREE.split(","))}
-    others = [method for method in ("hyperpelt", "norms") if (THREE, method) in found[""]]
-    columns = [(f"`{task}`" if task else "mean", *(f"minus {method}" for method in others))
-               for task in found]
-    yield "method", "rate", *itertools.chain(*columns)
+    yield "task", "method", "rate", "value", "minus hyperpelt", "minus norms"
     settings = {row["method"]: row["settings"] for row in read_results("three-tasks")}
-    for run in found[""]:
-        cells = []
-        for values in found.values():
-            cells.append(spread(last_values(values[run])))
-            cells += [difference(values[run], values[THREE, method]) for method in others]
-        # The settings of full have its usual rate before the chosen one.
-        yield f"`{run[1]}`", re.findall(r"--lr (\S+)", settings[run[1]])[-1], *cells
+    for task in ("", *THREE.split(",")):
+        found = {run[1]: by_seed for run, by_seed in curves("three-tasks", task=task).items()}
+        for method, by_seed in found.items():
+            # The settings of full have its usual rate before the chosen one.
+            rate = re.findall(r"--lr (\S+)", settings[method])[-1]
+            others = [found.get(other, {}) for other in ("hyperpelt", "norms")]
+            yield (f"`{task}`" if task else "mean", f"`{method}`", rate,
+                   spread(last_values(by_seed)), *(difference(by_seed, other) for other in others))
 
 
 def new_task_table():
