@@ -637,7 +637,8 @@ def origin(name):
 def fill(page):
     """A page with its core-hours, and its tables between <!-- NAME --> and <!-- end -->, anew.
     Below each table is where its numbers come from."""
-    page = re.sub(r"took \S+(\s+core-hours)", rf"took {core_hours(EXPERIMENTS):.1f}\1", page)
+    hours = f"{core_hours(EXPERIMENTS):.1f}"
+    page = re.sub(r"(took\s+)\S+(\s+core-hours)", rf"\g<1>{hours}\2", page)
     for name in re.findall("<!-- (.*) -->\n", page):
         if name in TABLES:
             header, *rows = TABLES[name]()

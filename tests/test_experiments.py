@@ -24,6 +24,9 @@ TINY = "--max-steps 2 --max-train-examples 40 --max-eval-examples 8"
 def test_the_tables_of_the_page_come_from_the_results():
     page = (SAMPLE / "RESULTS.md").read_text()
     assert "| `hyperpelt` | " in page and experiments.fill(page) == page
+    # Also where the line breaks before the number.
+    hours = experiments.fill("took\n0.0 core-hours").split()[1]
+    assert hours != "0.0" and hours in page
     printed = {name for name in experiments.TABLES if f"<!-- {name} -->" in page}
     with open(experiments.RESULTS) as file:
         recorded = {line.split("\t")[0] for line in file} - {"experiment", "ladder-tuning"}
