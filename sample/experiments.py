@@ -296,8 +296,8 @@ def run_job(job, options):
         print(f"{folder}: failed, see {folder}.log", flush=True)
         return True
 
-    commit = git.stdout.strip()
-    rows = [[*astuple(job), step, metric, f"{value:.4f}", seconds, commit, machine(folder)]
+    origin = seconds, git.stdout.strip(), machine(folder)
+    rows = [[*astuple(job), step, metric, f"{value:.4f}", *origin]
             for step, metric, value in read_evaluations(folder)]
     with open(RESULTS, "a", newline="") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
@@ -613,18 +613,18 @@ TABLES = {"speed": speed_table, "ladder": ladder_table, "hyper-embedding": hyper
           "vision": vision_table, "sides": sides_table}
 
 
-def core_hours(names):
-    """-> hours of all jobs. Each of a job's lines has the same seconds."""
-    return sum(int(row["seconds"]) for name in names for row in jobs_of(name)) / 3600
-
-
 def jobs_of(name):
-    """-> for each job of an experiment, one of its lines."""
+    """-> for each job of an experiment, one of its lines: all have the same origin."""
     rows = read_results(name)
     return {tuple(row[column] for column in JOB_COLUMNS): row for row in rows}.values()
 
 
-def origin(name):
+def core_hours(names):
+    """-> hours of all jobs of these experiments."""
+    return sum(int(row["seconds"]) for name in names for row in jobs_of(name)) / 3600
+
+
+def origin_of(name):
     """-> what an experiment took, on which machines and at which commits."""
     commits = defaultdict(list)
     for row in jobs_of(name):
@@ -645,7 +645,7 @@ def fill(page):
             lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
             between = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
             table = "\n".join(lines)
-            page = between.sub(rf"\1\n{table}\n\n{origin(name)}\n\n\2", page)
+            page = between.sub(rf"\1\n{table}\n\n{origin_of(name)}\n\n\2", page)
     return page
 
 
